@@ -1,0 +1,1 @@
+"""jaxnum: functional numerics for JAX."""

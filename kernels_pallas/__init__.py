@@ -1,0 +1,1 @@
+"""Accelerator kernels for JAX, each one call with an implementation per platform."""

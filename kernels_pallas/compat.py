@@ -1,0 +1,1 @@
+"""Every difference between the JAX releases that jaxnum supports, and nothing else."""
