@@ -1,1 +1,19 @@
-"""jaxnum: functional numerics for JAX."""
+"""jaxnum: functional numerics for JAX. Gradient transforms, jitted solvers and sequence kernels as pure functions."""
+
+from jaxnum import solvers as solvers
+from jaxnum.core.batched import solve_batched as solve_batched
+from jaxnum.core.problems import FiniteSum as FiniteSum
+from jaxnum.core.problems import FixedPoint as FixedPoint
+from jaxnum.core.problems import Inclusion as Inclusion
+from jaxnum.core.problems import Linear as Linear
+from jaxnum.core.problems import Minimize as Minimize
+from jaxnum.core.solver import Solution as Solution
+from jaxnum.core.solver import Solver as Solver
+from jaxnum.core.solver import solve as solve
+from jaxnum.core.status import SolverError as SolverError
+from jaxnum.core.status import Status as Status
+from jaxnum.core.status import sentence as sentence
+from jaxnum.verbs import fixed_point as fixed_point
+from jaxnum.verbs import linear_solve as linear_solve
+
+__version__ = "0.1.0"

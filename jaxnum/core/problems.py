@@ -1,0 +1,333 @@
+"""Problems as pytrees: what may be differentiated, batched or sharded is an array leaf.
+
+Each knows its optimality function `root(x)` (zero at a solution), the tangent space in which its solution is unique
+(`project`), a differentiable choice among equivalent solutions (`canonical`), and whether the Jacobian of `root` is
+symmetric. The implicit derivative follows from these four alone, so all solvers of one problem are interchangeable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxnum.core import functions, trees
+from jaxnum.core.functions import Function
+from jaxnum.core.transport import Transport
+from kernels_pallas import checks
+
+__all__ = ["FiniteSum", "FixedPoint", "Inclusion", "Linear", "Minimize", "Problem", "Transport"]
+
+PyTree = Any
+
+
+class Problem:
+    """What the driver and the derivatives ask of a problem; a registered dataclass inherits it.
+
+    Subclasses give `root(x)`; the rest has defaults that fit an isolated solution.
+    """
+
+    symmetric: bool = False
+
+    def root(self, x: PyTree) -> PyTree:
+        """The optimality function: a tree like x that is zero at a solution."""
+        raise NotImplementedError
+
+    def project(self, v: PyTree) -> PyTree:
+        """Projection of a tangent onto the complement of the null space of the Jacobian of `root`."""
+        return v
+
+    def canonical(self, x: PyTree) -> PyTree:
+        """One differentiable choice among equivalent solutions."""
+        return x
+
+    def preconditioned(self, v: PyTree) -> PyTree:
+        """Approximate inverse of the Jacobian of `root` (symmetric positive definite if `symmetric`), or v."""
+        return v
+
+    def traced(self, x: PyTree) -> Problem:
+        """The same problem with user functions traced at x and their captured arrays hoisted to leaves."""
+        return self
+
+    def check(self, function: str, x: PyTree) -> None:
+        """Raise the house errors if x and the data do not fit together."""
+
+
+def _problem(*, data: list[str], meta: tuple[str, ...] = ()) -> Callable[[type], type]:
+    register = partial(jax.tree_util.register_dataclass, data_fields=data, meta_fields=list(meta))
+    return lambda cls: register(dataclass(frozen=True)(cls))
+
+
+def _wrap(problem: Any, *names: str) -> None:
+    # Tree code rebuilds dataclasses with placeholders and with Functions; only raw callables are wrapped.
+    for name in names:
+        object.__setattr__(problem, name, functions.as_function(getattr(problem, name)))
+
+
+def _check_map(function: str, argument: str, fn: Function, x: PyTree, *args: PyTree) -> None:
+    out = jax.eval_shape(fn, x, *args)
+    remedy = f"`{argument}` must return a tree like x; cast inside it if it promotes."
+    checks.same_tree(function, ("x0", x), dtypes=True, remedy=remedy, **{f"{argument}(x0)": out})
+
+
+@_problem(data=["T", "args"])
+class FixedPoint(Problem):
+    """Find x with x = T(x, *args).
+
+    Attributes:
+      T: map of a pytree x of floating-point leaves to a tree of the same structure, shapes and dtypes.
+      args: further arguments of T, differentiable.
+    """
+
+    T: Any
+    args: tuple = ()
+
+    def __post_init__(self) -> None:
+        _wrap(self, "T")
+
+    def map(self, x: PyTree) -> PyTree:
+        """T(x, *args)."""
+        return self.T(x, *self.args)
+
+    def root(self, x: PyTree) -> PyTree:
+        """X - T(x)."""
+        return trees.sub(x, self.map(x))
+
+    def traced(self, x: PyTree) -> FixedPoint:
+        """Trace T at x."""
+        return replace(self, T=functions.trace(self.T, x, *self.args))
+
+    def check(self, function: str, x: PyTree) -> None:
+        """T must return a tree like x."""
+        _check_map(function, "T", self.T, x, *self.args)
+
+
+@_problem(data=["F", "resolvent", "args"])
+class Inclusion(Problem):
+    """Find x with 0 in F(x, *args) + G(x), F single-valued and monotone, G maximal monotone.
+
+    Attributes:
+      F: operator, pytree to pytree of the same structure.
+      resolvent: `resolvent(x, step)` = (I + step G)^-1 (x), or None when G = 0.
+      args: further arguments of F, differentiable.
+    """
+
+    F: Any
+    resolvent: Any = None
+    args: tuple = ()
+
+    def __post_init__(self) -> None:
+        _wrap(self, "F", "resolvent")
+
+    def operator(self, x: PyTree) -> PyTree:
+        """F(x, *args)."""
+        return self.F(x, *self.args)
+
+    def backward(self, x: PyTree, step: jax.Array) -> PyTree:
+        """The resolvent at x, or x itself when G = 0."""
+        return x if self.resolvent is None else self.resolvent(x, step)
+
+    def root(self, x: PyTree) -> PyTree:
+        """The natural residual x - J_G(x - F(x)) with unit step; F(x) itself when G = 0."""
+        if self.resolvent is None:
+            return self.operator(x)
+        one = jnp.ones((), trees_dtype(x))
+        return trees.sub(x, self.backward(trees.sub(x, self.operator(x)), one))
+
+    def traced(self, x: PyTree) -> Inclusion:
+        """Trace F and the resolvent at x."""
+        one = jnp.ones((), trees_dtype(x))
+        resolvent = functions.trace(self.resolvent, x, one)
+        return replace(self, F=functions.trace(self.F, x, *self.args), resolvent=resolvent)
+
+    def check(self, function: str, x: PyTree) -> None:
+        """F and the resolvent must return trees like x."""
+        _check_map(function, "F", self.F, x, *self.args)
+        if self.resolvent is not None:
+            _check_map(function, "resolvent", self.resolvent, x, jnp.ones((), trees_dtype(x)))
+
+
+@_problem(data=["F_batch", "args"], meta=("n",))
+class FiniteSum(Problem):
+    """Find x with (1/n) sum_i F_i(x, *args) = 0.
+
+    Attributes:
+      F_batch: `F_batch(x, indices, *args)` = mean of F_i(x) over int32 indices [k].
+      n: number of terms.
+      args: further arguments, differentiable.
+    """
+
+    F_batch: Any
+    n: int
+    args: tuple = ()
+
+    def __post_init__(self) -> None:
+        _wrap(self, "F_batch")
+
+    def mean(self, x: PyTree, indices: jax.Array) -> PyTree:
+        """The mean of F_i(x) over int32 indices [k]; any k, because the terms are mapped one at a time."""
+        terms = jax.vmap(lambda i: self.F_batch(x, i[None], *self.args))(indices)
+        return jax.tree.map(lambda t: jnp.mean(t, axis=0), terms)
+
+    def root(self, x: PyTree) -> PyTree:
+        """The mean over all n terms."""
+        return self.mean(x, jnp.arange(self.n, dtype=jnp.int32))
+
+    def traced(self, x: PyTree) -> FiniteSum:
+        """Trace F_batch at x and a batch of one term."""
+        return replace(self, F_batch=functions.trace(self.F_batch, x, jnp.zeros((1,), jnp.int32), *self.args))
+
+    def check(self, function: str, x: PyTree) -> None:
+        """F_batch must return a tree like x; n must be positive."""
+        checks.value(function, "n", self.n >= 1, "be at least 1", self.n)
+        _check_map(function, "F_batch", self.F_batch, x, jnp.zeros((1,), jnp.int32), *self.args)
+
+
+@_problem(data=["A", "b", "preconditioner", "null_space"], meta=("symmetric",))
+class Linear(Problem):
+    """Solve A x = b.
+
+    Attributes:
+      A: array [n, n]; or a linear function v -> A v on trees like b; or an object with a method `mv`, such as a
+        lineax operator.
+      b: array [n], or any pytree of floating-point or complex leaves when A is a function.
+      preconditioner: approximate inverse of A: array [n, n], linear function r -> M r, or None. It changes the
+        path, not the solution, and so carries no derivative.
+      null_space: None, or for a singular consistent system an orthonormal basis of the null space: a tree like b with a
+        leading axis over its members. The solution orthogonal to it is returned.
+      symmetric: whether A is symmetric (Hermitian) positive definite, as `cg` needs. The tangent equation is then
+        solved by preconditioned conjugate gradients instead of GMRES. Nothing wrong comes of a wrong claim: a
+        tangent whose residual is not small is returned as NaN.
+    """
+
+    A: Any
+    b: Any
+    preconditioner: Any = None
+    null_space: Any = None
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("A", "preconditioner"):
+            operator = getattr(self, name)
+            if hasattr(operator, "mv"):
+                object.__setattr__(self, name, Function(operator.mv))
+        _wrap(self, "A", "preconditioner")
+
+    def matvec(self, v: PyTree) -> PyTree:
+        """A v."""
+        return _apply(self.A, v)
+
+    def root(self, x: PyTree) -> PyTree:
+        """A x - b."""
+        return trees.sub(self.matvec(x), self.b)
+
+    def project(self, v: PyTree) -> PyTree:
+        """V minus its part in the null space."""
+        if self.null_space is None:
+            return v
+        weights = jax.vmap(lambda member: trees.inner(member, v))(self.null_space)
+        return jax.tree.map(
+            lambda leaf, basis: (
+                leaf - jnp.tensordot(weights.astype(basis.dtype), basis, 1, precision="highest")
+            ),
+            v,
+            self.null_space,
+        )
+
+    def canonical(self, x: PyTree) -> PyTree:
+        """The solution orthogonal to the null space."""
+        return self.project(x)
+
+    def preconditioned(self, v: PyTree) -> PyTree:
+        """M v, or v without a preconditioner."""
+        return v if self.preconditioner is None else _apply(self.preconditioner, v)
+
+    def traced(self, x: PyTree) -> Linear:
+        """Trace A and the preconditioner at x when they are functions."""
+        A, M = (
+            functions.trace(f, x) if isinstance(f, Function) else f for f in (self.A, self.preconditioner)
+        )
+        return replace(self, A=A, preconditioner=M)
+
+    def check(self, function: str, x: PyTree) -> None:
+        """A must be square, b must fit A, x must look like b."""
+        remedy = "Did you pass a batch? Use jax.vmap or jaxnum.solve_batched."
+        checks.dtype(function, "inexact", **{f"b{jax.tree_util.keystr(p)}": v for p, v in _leaves(self.b)})
+        for name in ("A", "preconditioner"):
+            operator = getattr(self, name)
+            if isinstance(operator, Function):
+                image = jax.eval_shape(operator, self.b)
+                checks.same_tree(function, ("b", self.b), dtypes=True, **{f"{name}(b)": image})
+            elif operator is not None:
+                single = len(jax.tree.leaves(self.b)) == 1 and not isinstance(self.b, (dict, list, tuple))
+                checks.value(
+                    function,
+                    "b",
+                    single,
+                    f"be one array when `{name}` is one",
+                    type(self.b).__name__,
+                    "Give a function v -> A v for tree-valued b.",
+                    checks.TreeError,
+                )
+                checks.shape(function, remedy=remedy, **{name: (operator, "N N"), "b": (self.b, "N")})
+                checks.same_dtype(function, b=self.b, **{name: operator})
+        checks.same_tree(function, ("b", self.b), dtypes=True, remedy=remedy, x0=x)
+        if self.null_space is not None:
+            member = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], jnp.result_type(leaf)), self.null_space
+            )
+            checks.same_tree(function, ("b", self.b), dtypes=True, **{"null_space[i]": member})
+
+
+def _apply(operator: Any, v: PyTree) -> PyTree:
+    if isinstance(operator, Function):
+        return operator(v)
+    return jnp.matmul(operator, v, precision=jax.lax.Precision.HIGHEST)
+
+
+def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+@_problem(data=["f", "args"])
+class Minimize(Problem):
+    """Minimise f(x, *args) over x without constraints.
+
+    Attributes:
+      f: scalar-valued function of a pytree x of floating-point leaves.
+      args: further arguments, differentiable.
+    """
+
+    f: Any
+    args: tuple = ()
+    symmetric = True
+
+    def __post_init__(self) -> None:
+        _wrap(self, "f")
+
+    def value(self, x: PyTree) -> jax.Array:
+        """f(x, *args)."""
+        return self.f(x, *self.args)
+
+    def root(self, x: PyTree) -> PyTree:
+        """The gradient of f at x."""
+        return jax.grad(self.value)(x)
+
+    def traced(self, x: PyTree) -> Minimize:
+        """Trace f at x."""
+        return replace(self, f=functions.trace(self.f, x, *self.args))
+
+    def check(self, function: str, x: PyTree) -> None:
+        """F must return a real scalar."""
+        out = jax.eval_shape(self.f, x, *self.args)
+        checks.shape(function, remedy="Sum or average the loss.", **{"f(x0)": (out, "")})
+        checks.dtype(function, "floating", **{"f(x0)": out})
+
+
+def trees_dtype(x: PyTree) -> Any:
+    """The widest floating dtype among the leaves of x."""
+    return jnp.result_type(*[jnp.real(leaf).dtype for leaf in jax.tree.leaves(x)])

@@ -1,0 +1,1 @@
+"""Solvers for fixed points of maps."""

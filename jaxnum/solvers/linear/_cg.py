@@ -1,0 +1,229 @@
+"""Conjugate gradients for symmetric positive definite A, preconditioned, and flexible when the preconditioner varies.
+
+Cost: one A and one preconditioner a step, two reductions; memory 4 vectors (flexible: 2 m more).
+Source: Hestenes & Stiefel 1952; flexible: Notay 2000; residual replacement: van der Vorst & Ye 2000.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxnum.core import trees
+from jaxnum.core.problems import Linear
+from jaxnum.core.solver import Defaults, Measure, Solver
+from jaxnum.core.status import Status
+from kernels_pallas import checks
+
+PyTree = Any
+
+
+class CGState(NamedTuple):
+    """Residual r, next direction p, r.z, ||r||, ||b||, a flag, and how many refreshes in a row found r meaningless."""
+
+    r: PyTree
+    p: PyTree
+    rz: jax.Array
+    residual: jax.Array
+    scale: jax.Array
+    flag: jax.Array
+    drifted: jax.Array
+
+
+class FlexibleCGState(NamedTuple):
+    """A CGState whose p is the preconditioned residual z, and rings of the last m directions p, A p and p.A p."""
+
+    base: CGState
+    directions: PyTree
+    images: PyTree
+    curvatures: jax.Array
+    count: jax.Array
+
+
+def cg(*, flexible: int | None = None) -> Solver:
+    """Preconditioned conjugate gradients for A x = b, A and the preconditioner M symmetric positive definite.
+
+    With z = M r: alpha = r.z / p.Ap, x += alpha p, r -= alpha Ap, beta = r'.z' / r.z, p = z' + beta p. The error in the
+    A-norm falls as 2 ((sqrt kappa - 1)/(sqrt kappa + 1))^k; A with d distinct eigenvalues takes at most d steps.
+
+    Args:
+      flexible: None, or the number m >= 1 of earlier directions to keep orthogonal to, for an M that changes from step
+        to step (an inner solve, a network): Notay's FCG(m), p = z - sum_i (z.Ap_i / p_i.Ap_i) p_i over the last
+        max(1, k mod (m+1)) directions. m = 1 is the Polak-Ribiere form in exact arithmetic.
+
+    Returns:
+      A Solver for `Linear`. It stops at ||b - A x|| <= atol + rtol ||b||, where the residual is recomputed from x every
+      50 steps and before convergence is declared. `breakdown`: p.Ap <= 0, r.z <= 0, or a dense A that is not
+      symmetric; x is then the last good iterate. `stagnated`: rounding errors dominate the residual.
+
+    Raises:
+      ValueError: flexible below 1.
+
+    Cost: one A, one M a step.
+
+    Numerics: the residual attainable is about eps kappa ||b||. Reductions in float32 at least. A null space declared by
+      the problem is projected out of every residual and direction.
+
+    Source: Hestenes & Stiefel, "Methods of conjugate gradients for solving linear systems" (1952), section 3; Notay,
+      "Flexible conjugate gradients" (2000), algorithm FCG(m).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxnum
+      >>> A = jnp.array([[4.0, 1.0], [1.0, 3.0]])
+      >>> solution = jaxnum.linear_solve(A, jnp.array([1.0, 2.0]), solver=jaxnum.solvers.cg(flexible=2))
+      >>> int(solution.steps)
+      2
+    """
+    if flexible is None:
+        return Solver(
+            name="cg",
+            init=_init,
+            step=_step,
+            measure=_measure,
+            refresh=_refresh,
+            problem=Linear,
+            defaults=_DEFAULTS,
+        )
+    ok = isinstance(flexible, int) and not isinstance(flexible, bool) and flexible >= 1
+    checks.value("cg", "flexible", ok, "be None or a Python int >= 1", flexible)
+    # The ring's length is a shape, so it travels as the shape of a leaf.
+    return Solver(
+        name="cg",
+        init=_flexible_init,
+        step=_flexible_step,
+        measure=_flexible_measure,
+        refresh=_flexible_refresh,
+        problem=Linear,
+        hyper=jnp.zeros((flexible,), jnp.int8),
+        defaults=_DEFAULTS,
+    )
+
+
+# The default atol is 0: an absolute tolerance would accept x = 0 for every small b.
+_DEFAULTS = Defaults(refresh_every=50)
+
+
+def _init(hyper: None, x: PyTree, problem: Linear) -> CGState:
+    scale = trees.norm(problem.b)
+    flag = jnp.where(_asymmetric(problem.A), jnp.int32(Status.breakdown), jnp.int32(0))
+    r, z, rz, residual = _residual(x, problem)
+    return CGState(r, z, rz, residual, scale, flag, jnp.int32(0))
+
+
+def _residual(x: PyTree, problem: Linear) -> tuple[PyTree, PyTree, jax.Array, jax.Array]:
+    r = problem.project(trees.sub(problem.b, problem.matvec(x)))
+    return (r, *_precondition(r, problem))
+
+
+def _precondition(r: PyTree, problem: Linear) -> tuple[PyTree, jax.Array, jax.Array]:
+    """z = M r, r.z and ||r||."""
+    rr = trees.vdot(r, r)
+    if problem.preconditioner is None:
+        return r, rr, jnp.sqrt(rr)
+    z = problem.project(problem.preconditioned(r))
+    return z, trees.vdot(r, z), jnp.sqrt(rr)
+
+
+def _asymmetric(A: Any) -> jax.Array:
+    """Whether a dense A differs from its conjugate transpose by more than rounding; functions cannot be asked."""
+    if not isinstance(A, jax.Array) or A.ndim != 2:
+        return jnp.bool_(False)
+    eps = jnp.finfo(A.dtype).eps
+    return jnp.max(jnp.abs(A - A.conj().T)) > eps**0.5 * jnp.max(jnp.abs(A))
+
+
+def _advance(
+    x: PyTree, p: PyTree, r: PyTree, rp: jax.Array, problem: Linear
+) -> tuple[PyTree, PyTree, PyTree, jax.Array]:
+    """One exact line search along p: the new x and r, q = A p, and p.q."""
+    q = problem.project(problem.matvec(p))
+    pq = trees.vdot(p, q)
+    # NaN passes on purpose: it ends in the residual, and the driver sees it.
+    flat = pq <= 0
+    alpha = jnp.where(flat, 0, rp / jnp.where(flat, 1, pq))
+    return trees.add_scaled(x, alpha, p), trees.add_scaled(r, -alpha, q), q, pq
+
+
+def _broken(pq: jax.Array, rz: jax.Array, residual: jax.Array, flag: jax.Array) -> jax.Array:
+    bad = (pq <= 0) | ((rz <= 0) & (residual > 0))
+    return jnp.where(bad, jnp.int32(Status.breakdown), flag)
+
+
+def _zero_if_b_is(
+    x: PyTree, r: PyTree, residual: jax.Array, scale: jax.Array
+) -> tuple[PyTree, PyTree, jax.Array]:
+    # For b = 0 no residual above zero is small relative to ||b||, but the answer is known.
+    null = scale == 0
+    clear = lambda tree: jax.tree.map(lambda leaf: jnp.where(null, 0, leaf), tree)  # noqa: E731
+    return clear(x), clear(r), jnp.where(null, 0, residual)
+
+
+def _step(hyper: None, x: PyTree, state: CGState, problem: Linear) -> tuple[PyTree, CGState]:
+    x, r, _, pq = _advance(x, state.p, state.r, state.rz, problem)
+    z, rz, residual = _precondition(r, problem)
+    flag = _broken(pq, rz, residual, state.flag)
+    beta = rz / jnp.where(state.rz == 0, 1, state.rz)
+    p = trees.add_scaled(z, beta, state.p)
+    x, r, residual = _zero_if_b_is(x, r, residual, state.scale)
+    return x, CGState(r, p, rz, residual, state.scale, flag, state.drifted)
+
+
+def _measure(hyper: Any, x: PyTree, state: CGState, problem: Linear) -> Measure:
+    return Measure(state.residual, state.scale, state.flag)
+
+
+def _refresh(hyper: Any, x: PyTree, state: CGState, problem: Linear) -> CGState:
+    """The residual from x itself. Where it has little to do with the recurrence's, directions are stale too."""
+    r, z, rz, residual = _residual(x, problem)
+    drift = trees.norm(trees.sub(r, state.r)) >= 0.5 * residual
+    lost = drift & (residual > 0)
+    drifted = jnp.where(lost, state.drifted + 1, 0)
+    flag = jnp.where(drifted >= 2, jnp.maximum(state.flag, jnp.int32(Status.stagnated)), state.flag)
+    return CGState(r, trees.where(lost, z, state.p), rz, residual, state.scale, flag, drifted)
+
+
+def _flexible_init(hyper: jax.Array, x: PyTree, problem: Linear) -> FlexibleCGState:
+    ring = jax.tree.map(lambda leaf: jnp.zeros(hyper.shape + leaf.shape, leaf.dtype), x)
+    base = _init(None, x, problem)
+    return FlexibleCGState(base, ring, ring, jnp.ones(hyper.shape, base.rz.dtype), jnp.int32(0))
+
+
+def _flexible_step(
+    hyper: jax.Array, x: PyTree, state: FlexibleCGState, problem: Linear
+) -> tuple[PyTree, FlexibleCGState]:
+    base, m = state.base, hyper.shape[0]
+    slot = state.count % m
+    # Age 1 is the direction of the last step. Truncation with restart: the first m steps of each cycle keep all.
+    age = (slot - jnp.arange(m, dtype=jnp.int32) - 1) % m + 1
+    keep = age <= jnp.minimum(state.count, jnp.maximum(1, state.count % (m + 1)))
+    zq = jax.vmap(lambda image: trees.vdot(base.p, image))(state.images)
+    weights = jnp.where(keep, zq / state.curvatures, 0)
+    p = jax.tree.map(
+        lambda z, ring: z - jnp.tensordot(weights.astype(ring.dtype), ring, 1, precision="highest"),
+        base.p,
+        state.directions,
+    )
+    x, r, q, pq = _advance(x, p, base.r, trees.vdot(p, base.r), problem)
+    z, rz, residual = _precondition(r, problem)
+    flag = _broken(pq, rz, residual, base.flag)
+    x, r, residual = _zero_if_b_is(x, r, residual, base.scale)
+    put = lambda ring, new: ring.at[slot].set(new)  # noqa: E731
+    return x, FlexibleCGState(
+        base=CGState(r, z, rz, residual, base.scale, flag, base.drifted),
+        directions=jax.tree.map(put, state.directions, p),
+        images=jax.tree.map(put, state.images, q),
+        curvatures=put(state.curvatures, jnp.where(pq > 0, pq, 1)),
+        count=state.count + 1,
+    )
+
+
+def _flexible_measure(hyper: Any, x: PyTree, state: FlexibleCGState, problem: Linear) -> Measure:
+    return _measure(None, x, state.base, problem)
+
+
+def _flexible_refresh(hyper: Any, x: PyTree, state: FlexibleCGState, problem: Linear) -> FlexibleCGState:
+    base = _refresh(None, x, state.base, problem)
+    # The base's p is z here, and z always follows r.
+    return state._replace(base=base._replace(p=problem.project(problem.preconditioned(base.r))))

@@ -1,0 +1,148 @@
+"""The verbs: each builds its problem and calls `solve` with a good default solver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxnum.core.problems import FixedPoint, Linear
+from jaxnum.core.solver import Phases, Solution, Solver, drive
+from jaxnum.solvers.fixed_point._picard import picard
+from jaxnum.solvers.linear._cg import cg
+
+PyTree = Any
+
+
+def fixed_point(
+    T: Callable,
+    x0: PyTree,
+    *args: PyTree,
+    solver: Solver | Phases | None = None,
+    rtol: Any = None,
+    atol: Any = None,
+    max_steps: int | None = None,
+    check_every: int | None = None,
+    history: bool = False,
+    adjoint: str = "implicit",
+    checkpoint_every: int | None = None,
+    progress: Any = None,
+    on_failure: str = "raise",
+) -> Solution:
+    """Find x with x = T(x, *args).
+
+    Args:
+      T: map of a pytree of floating-point arrays to a tree of the same structure, shapes and dtypes. Arrays it captures
+        are differentiated; a captured Python scalar that varies from call to call recompiles: pass it in `args`.
+      x0: starting point.
+      *args: further arguments of T, differentiable.
+      solver: default `jaxnum.solvers.picard()`, for contractions; `jaxnum.solvers.halpern()` serves every nonexpansive
+        map.
+      rtol: stop at ||x - T(x)|| <= atol + rtol ||T(x)||; see `jaxnum.solve`.
+      atol: see `jaxnum.solve`; default 1e-12 (float64) or 1e-7 through the solver.
+      max_steps: see `jaxnum.solve`.
+      check_every: see `jaxnum.solve`.
+      history: see `jaxnum.solve`.
+      adjoint: see `jaxnum.solve`.
+      checkpoint_every: see `jaxnum.solve`.
+      progress: see `jaxnum.solve`.
+      on_failure: see `jaxnum.solve`.
+
+    Returns:
+      A `jaxnum.Solution`.
+
+    Raises:
+      TreeError, ShapeError, DtypeError: T(x0) is not a tree like x0.
+      SolverError: an eager call that did not converge.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxnum
+      >>> solution = jaxnum.fixed_point(lambda x, a: jnp.cos(a * x), jnp.float32(0.5), 1.0)
+      >>> print(f"{float(solution.x):.4f}")
+      0.7391
+    """
+    return drive(
+        "fixed_point",
+        picard() if solver is None else solver,
+        x0,
+        FixedPoint(T, args),
+        rtol=rtol,
+        atol=atol,
+        max_steps=max_steps,
+        check_every=check_every,
+        history=history,
+        adjoint=adjoint,
+        checkpoint_every=checkpoint_every,
+        progress=progress,
+        on_failure=on_failure,
+    )
+
+
+def linear_solve(
+    A: Any,
+    b: PyTree,
+    x0: PyTree | None = None,
+    *,
+    preconditioner: Any = None,
+    null_space: Any = None,
+    solver: Solver | Phases | None = None,
+    rtol: Any = None,
+    atol: Any = None,
+    max_steps: int | None = None,
+    check_every: int | None = None,
+    history: bool = False,
+    adjoint: str = "implicit",
+    checkpoint_every: int | None = None,
+    progress: Any = None,
+    on_failure: str = "raise",
+) -> Solution:
+    """Solve A x = b for a symmetric (Hermitian) positive definite A.
+
+    Args:
+      A: array [n, n], a linear function v -> A v on trees like b, or an object with a method `mv` (a lineax operator).
+      b: right-hand side, array [n] or a pytree of floating-point or complex arrays.
+      x0: starting point like b; default zeros.
+      preconditioner: symmetric positive definite approximation of the inverse of A, given like A.
+      null_space: orthonormal basis [k, ...] of the null space of a singular consistent system, as for a Poisson problem
+        with Neumann boundaries.
+      solver: default `jaxnum.solvers.cg()`.
+      rtol: stop at ||b - A x|| <= atol + rtol ||b||; see `jaxnum.solve`.
+      atol: see `jaxnum.solve`.
+      max_steps: see `jaxnum.solve`.
+      check_every: see `jaxnum.solve`.
+      history: see `jaxnum.solve`.
+      adjoint: see `jaxnum.solve`.
+      checkpoint_every: see `jaxnum.solve`.
+      progress: see `jaxnum.solve`.
+      on_failure: see `jaxnum.solve`.
+
+    Returns:
+      A `jaxnum.Solution`.
+
+    Raises:
+      ShapeError, DtypeError, TreeError: A, b, x0 or the preconditioner do not fit.
+      SolverError: an eager call that did not converge; `breakdown` when A is not symmetric positive definite.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxnum
+      >>> jaxnum.linear_solve(jnp.diag(jnp.array([1.0, 2.0, 4.0])), jnp.ones(3)).x.tolist()
+      [1.0, 0.5, 0.25]
+    """
+    b = jax.tree.map(jnp.asarray, b)
+    return drive(
+        "linear_solve",
+        cg() if solver is None else solver,
+        jax.tree.map(jnp.zeros_like, b) if x0 is None else x0,
+        Linear(A, b, preconditioner, null_space),
+        rtol=rtol,
+        atol=atol,
+        max_steps=max_steps,
+        check_every=check_every,
+        history=history,
+        adjoint=adjoint,
+        checkpoint_every=checkpoint_every,
+        progress=progress,
+        on_failure=on_failure,
+    )
