@@ -87,9 +87,7 @@ def _tolerance(tree: PyTree) -> float:
 def _replicated(solve: Callable, matvec: Matvec, rhs: PyTree, problem: Any) -> PyTree:
     """Run a solver that reshapes or contracts across leaves on unsharded copies, when the sharding is explicit."""
     shardings = jax.tree.map(lambda leaf: getattr(jax.typeof(leaf), "sharding", None), rhs)
-    explicit = [
-        s is not None and any(axis is not None for axis in s.spec) for s in jax.tree.leaves(shardings)
-    ]
+    explicit = [s is not None and any(axis is not None for axis in s.spec) for s in jax.tree.leaves(shardings)]
     if not any(explicit):
         return solve(matvec, rhs, problem)
 
@@ -114,9 +112,7 @@ def _dense(matvec: Matvec, rhs: PyTree, problem: Any) -> PyTree:
     # One step of refinement: LU without it loses digits that the residual test of the caller would miss.
     factors = jax.scipy.linalg.lu_factor(jax.vmap(column, out_axes=1)(basis))
     solution = jax.scipy.linalg.lu_solve(factors, flat)
-    solution = solution + jax.scipy.linalg.lu_solve(
-        factors, flat - _ravel_real(matvec(unflatten(solution)))[0]
-    )
+    solution = solution + jax.scipy.linalg.lu_solve(factors, flat - _ravel_real(matvec(unflatten(solution)))[0])
     return problem.project(unflatten(solution))
 
 

@@ -98,9 +98,7 @@ def solve_batched(
         checkpoint_every,
         hook,
     )
-    mapped = [
-        jnp.moveaxis(jnp.asarray(leaf.batch), leaf.axis, 0) for leaf in leaves if isinstance(leaf, _Lane)
-    ]
+    mapped = [jnp.moveaxis(jnp.asarray(leaf.batch), leaf.axis, 0) for leaf in leaves if isinstance(leaf, _Lane)]
     shared = [leaf for leaf in leaves if not isinstance(leaf, _Lane)]
     solution = _solve_lanes(options, solver, mapped, shared, rtol, atol)
     if on_failure == "raise":

@@ -89,9 +89,7 @@ class _RestartHyper(NamedTuple):
     every: jax.Array
 
 
-def restarted(
-    solver: Solver, *, factor: float | jax.Array = 0.5, every: int | jax.Array | None = None
-) -> Solver:
+def restarted(solver: Solver, *, factor: float | jax.Array = 0.5, every: int | jax.Array | None = None) -> Solver:
     """Restart a solver from its current iterate: when the residual has fallen enough, or every so many steps.
 
     With `every=None` a restart happens when residual <= factor * (residual at the last restart), or, as a safeguard,
@@ -137,9 +135,7 @@ def _restart_init(hyper: _RestartHyper, x: PyTree, problem: Any) -> RestartState
     return RestartState(inner, jnp.int32(0), jnp.int32(1), residual)
 
 
-def _restart_step(
-    hyper: _RestartHyper, x: PyTree, state: RestartState, problem: Any
-) -> tuple[PyTree, RestartState]:
+def _restart_step(hyper: _RestartHyper, x: PyTree, state: RestartState, problem: Any) -> tuple[PyTree, RestartState]:
     solver = hyper.solver
     x, inner = solver.step(solver.hyper, x, state.inner, problem)
     residual = solver.measure(solver.hyper, x, inner, problem).residual

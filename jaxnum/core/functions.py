@@ -52,9 +52,7 @@ def trace(function: Function | None, *examples: PyTree) -> Function | None:
     if function is None or function.consts is not None:
         return function
     closed, out_shape = jax.make_jaxpr(function.fn, return_shape=True)(*examples)
-    program = _Program(
-        closed.jaxpr, jax.tree.structure(examples), jax.tree.structure(out_shape), len(closed.consts)
-    )
+    program = _Program(closed.jaxpr, jax.tree.structure(examples), jax.tree.structure(out_shape), len(closed.consts))
     key = (_fingerprint(closed.jaxpr, function.fn), program.in_tree, program.out_tree)
     return Function(_interned(key, program), tuple(closed.consts))
 
@@ -71,9 +69,7 @@ class _Program:
     def __call__(self, consts: tuple, *args: PyTree) -> PyTree:
         flat, in_tree = jax.tree.flatten(args)
         if in_tree != self.in_tree:
-            raise TypeError(
-                f"a traced function was called with another tree: wanted {self.in_tree}, got {in_tree}"
-            )
+            raise TypeError(f"a traced function was called with another tree: wanted {self.in_tree}, got {in_tree}")
         flat = [
             jax.lax.convert_element_type(x, a.dtype) if _numeric(a) else x
             for x, a in zip(flat, self._avals, strict=True)

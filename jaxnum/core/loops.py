@@ -56,9 +56,7 @@ class Limits(NamedTuple):
     hook: Any
 
 
-def start(
-    solver: Any, x: PyTree, problem: Any, limits: Limits, history: jax.Array | None, checks: jax.Array
-) -> Carry:
+def start(solver: Any, x: PyTree, problem: Any, limits: Limits, history: jax.Array | None, checks: jax.Array) -> Carry:
     """Initialise the solver's state and judge the starting point."""
     state = solver.init(solver.hyper, x, problem)
     m = solver.measure(solver.hyper, x, state, problem)
@@ -94,9 +92,7 @@ def run(solver: Any, carry: Carry, problem: Any, limits: Limits) -> Carry:
     return jax.lax.while_loop(unfinished, lambda c: _refresh(solver, loop(c), problem, limits), carry)
 
 
-def run_unrolled(
-    solver: Any, carry: Carry, problem: Any, limits: Limits, checkpoint_every: int | None
-) -> Carry:
+def run_unrolled(solver: Any, carry: Carry, problem: Any, limits: Limits, checkpoint_every: int | None) -> Carry:
     """Exactly `max_steps` masked steps in a scan, which reverse mode can go through.
 
     Finished steps compute on the starting point and are thrown away, so that neither they nor their derivatives divide
@@ -106,9 +102,7 @@ def run_unrolled(
 
     def step(c: Carry, _: None) -> tuple[Carry, None]:
         active = c.status == RUNNING
-        safe = c._replace(
-            x=trees.where(active, c.x, first.x), state=trees.where(active, c.state, first.state)
-        )
+        safe = c._replace(x=trees.where(active, c.x, first.x), state=trees.where(active, c.state, first.state))
         return trees.where(active, _chunk(solver, safe, problem, limits, unrolled=True), c), None
 
     chunks = -(-limits.max_steps // limits.check_every)
@@ -156,9 +150,7 @@ def _chunk(solver: Any, c: Carry, problem: Any, limits: Limits, *, unrolled: boo
     waited = jnp.where(improved, 0, c.waited + 1)
     rounding = m.residual <= _ROUNDINGS * precision.attainable(m.residual) * m.scale
     status = _judge(m, limits)
-    status = jnp.where(
-        (status == RUNNING) & rounding & (waited >= _PATIENCE), jnp.int32(Status.stagnated), status
-    )
+    status = jnp.where((status == RUNNING) & rounding & (waited >= _PATIENCE), jnp.int32(Status.stagnated), status)
     c = Carry(
         x=trees.where(bad, c.x, x),
         state=trees.where(bad, c.state, state),
@@ -195,6 +187,4 @@ def _judge(m: Measure, limits: Limits) -> jax.Array:
 def _record(c: Carry) -> Carry:
     if c.history is None:
         return c
-    return c._replace(
-        history=c.history.at[c.checks].set(c.residual.astype(c.history.dtype)), checks=c.checks + 1
-    )
+    return c._replace(history=c.history.at[c.checks].set(c.residual.astype(c.history.dtype)), checks=c.checks + 1)

@@ -231,9 +231,7 @@ class Linear(Problem):
             return v
         weights = jax.vmap(lambda member: trees.inner(member, v))(self.null_space)
         return jax.tree.map(
-            lambda leaf, basis: (
-                leaf - jnp.tensordot(weights.astype(basis.dtype), basis, 1, precision="highest")
-            ),
+            lambda leaf, basis: leaf - jnp.tensordot(weights.astype(basis.dtype), basis, 1, precision="highest"),
             v,
             self.null_space,
         )
@@ -248,9 +246,7 @@ class Linear(Problem):
 
     def traced(self, x: PyTree) -> Linear:
         """Trace A and the preconditioner at x when they are functions."""
-        A, M = (
-            functions.trace(f, x) if isinstance(f, Function) else f for f in (self.A, self.preconditioner)
-        )
+        A, M = (functions.trace(f, x) if isinstance(f, Function) else f for f in (self.A, self.preconditioner))
         return replace(self, A=A, preconditioner=M)
 
     def check(self, function: str, x: PyTree) -> None:

@@ -243,12 +243,8 @@ def drive(
     real = precision.coarsest(x0)
     tolerances = tuple(
         (
-            _tolerance(
-                name, "rtol", p.rtol if p.rtol is not None else rtol, _default_rtol(p.solver, x0), real
-            ),
-            _tolerance(
-                name, "atol", p.atol if p.atol is not None else atol, p.solver.defaults.atol.pick(x0), real
-            ),
+            _tolerance(name, "rtol", p.rtol if p.rtol is not None else rtol, _default_rtol(p.solver, x0), real),
+            _tolerance(name, "atol", p.atol if p.atol is not None else atol, p.solver.defaults.atol.pick(x0), real),
         )
         for p in phases
     )
@@ -273,9 +269,7 @@ def raise_unless_converged(name: str, solution: Solution) -> None:
 
 
 @partial(jax.jit, static_argnames=("options",))
-def _solve(
-    options: _Options, phases: tuple[Phase, ...], x0: PyTree, tolerances: tuple, problem: Any
-) -> Solution:
+def _solve(options: _Options, phases: tuple[Phase, ...], x0: PyTree, tolerances: tuple, problem: Any) -> Solution:
     if options.adjoint == "unrolled":
         return _run(options, phases, x0, tolerances, problem)
     frozen = jax.lax.stop_gradient((phases, x0, tolerances, problem))
@@ -286,9 +280,7 @@ def _solve(
     return solution._replace(x=problem.canonical(adjoints.implicit(problem, solution.x)))
 
 
-def _run(
-    options: _Options, phases: tuple[Phase, ...], x0: PyTree, tolerances: tuple, problem: Any
-) -> Solution:
+def _run(options: _Options, phases: tuple[Phase, ...], x0: PyTree, tolerances: tuple, problem: Any) -> Solution:
     x, checked = x0, jnp.int32(0)
     history = _empty_history(options, x0) if options.history else None
     steps = []
@@ -370,9 +362,7 @@ def _check_arguments(
         ("checkpoint_every", checkpoint_every, 1),
     ):
         ok = got is None or (isinstance(got, int) and not isinstance(got, bool) and got >= least)
-        checks.value(
-            name, argument, ok, f"be a Python int >= {least}", got, "It fixes the shape of the loop."
-        )
+        checks.value(name, argument, ok, f"be a Python int >= {least}", got, "It fixes the shape of the loop.")
     checks.value(
         name,
         "checkpoint_every",

@@ -81,9 +81,7 @@ def _init(hyper: jax.Array, x: PyTree, problem: FixedPoint) -> HalpernState:
     return HalpernState(x, problem.map(x), jnp.ones((), precision.accumulator(precision.coarsest(x))))
 
 
-def _step(
-    hyper: jax.Array, x: PyTree, state: HalpernState, problem: FixedPoint
-) -> tuple[PyTree, HalpernState]:
+def _step(hyper: jax.Array, x: PyTree, state: HalpernState, problem: FixedPoint) -> tuple[PyTree, HalpernState]:
     # phi_{k+1} = 1 + phi_k / gamma^2 sums the powers without forming them.
     phi = 1 + state.phi / hyper.astype(state.phi.dtype) ** 2
     x = trees.add_scaled(state.image, 1 / phi, trees.sub(state.anchor, state.image))

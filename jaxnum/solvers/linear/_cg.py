@@ -151,9 +151,7 @@ def _broken(pq: jax.Array, rz: jax.Array, residual: jax.Array, flag: jax.Array) 
     return jnp.where(bad, jnp.int32(Status.breakdown), flag)
 
 
-def _zero_if_b_is(
-    x: PyTree, r: PyTree, residual: jax.Array, scale: jax.Array
-) -> tuple[PyTree, PyTree, jax.Array]:
+def _zero_if_b_is(x: PyTree, r: PyTree, residual: jax.Array, scale: jax.Array) -> tuple[PyTree, PyTree, jax.Array]:
     # For b = 0 no residual above zero is small relative to ||b||, but the answer is known.
     null = scale == 0
     clear = lambda tree: jax.tree.map(lambda leaf: jnp.where(null, 0, leaf), tree)  # noqa: E731
