@@ -1,0 +1,11 @@
+"""Gradient transformations: optax-compatible methods that optax lacks or states otherwise than their paper.
+
+Every factory returns an `optax.GradientTransformationExtraArgs` and goes wherever optax's own do.
+`scale_by_<method>` is the mathematics, `<method>(learning_rate, ...)` the ready optimiser. `strict` gives any
+optax transformation the argument checks that these have built in.
+"""
+
+from jaxnum.transforms._sophia import SophiaState, scale_by_sophia, sophia
+from jaxnum.transforms._strict import strict
+
+__all__ = ["SophiaState", "scale_by_sophia", "sophia", "strict"]
