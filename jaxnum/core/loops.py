@@ -71,8 +71,8 @@ def run(solver: Any, carry: Carry, problem: Any, limits: Limits) -> Carry:
     """Step until the solve has a status or the limit is reached.
 
     A solver with `refresh` (it recomputes what its recurrences have drifted from) is asked to do so every
-    `refresh_every` steps and whenever it claims convergence, and goes on if the claim does not hold. The refresh sits in
-    an outer loop: a `cond` inside the step would run it on every step of every lane under vmap.
+    `refresh_every` steps and whenever it claims convergence, and goes on if the claim does not hold. The refresh sits
+    in an outer loop: a `cond` inside the step would run it on every step of every lane under vmap.
     """
     every = limits.refresh_every or limits.max_steps
 

@@ -182,8 +182,8 @@ def solve(
       ValueError, ShapeError, DtypeError, TreeError: arguments that do not fit, at trace time.
       SolverError: an eager call that did not converge, with the status's sentence; it carries the solution.
 
-    Cost: one compilation per shapes, dtypes, solver and static options; a fresh lambda with the same program costs none.
-      Under vmap every lane runs as long as the slowest: see `solve_batched`.
+    Cost: one compilation per shapes, dtypes, solver and static options; a fresh lambda with the same program costs
+      none. Under vmap every lane runs as long as the slowest: see `solve_batched`.
 
     Derivatives: with respect to the leaves of the problem. x0, the tolerances and hyperparameters have derivative zero
       under "implicit". At a point that is not a solution the implicit derivative is not the derivative of anything:

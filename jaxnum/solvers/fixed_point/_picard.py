@@ -27,8 +27,8 @@ class PicardState(NamedTuple):
 def picard(*, damping: float | jax.Array = 1.0) -> Solver:
     """Picard iteration x_{k+1} = x_k + damping (T(x_k) - x_k).
 
-    Converges linearly, with factor gamma, for a gamma-contraction; with damping in (0, 1) (Krasnosel'skii-Mann) also for
-    a nonexpansive T with a fixed point, where ||x_k - T(x_k)|| = O(1/sqrt(k)). There `halpern` is faster: O(1/k).
+    Converges linearly, with factor gamma, for a gamma-contraction; with damping in (0, 1) (Krasnosel'skii-Mann) also
+    for a nonexpansive T with a fixed point, where ||x_k - T(x_k)|| = O(1/sqrt(k)). There `halpern` is faster: O(1/k).
 
     Args:
       damping: real scalar in (0, 1]; an array leaf, so another value costs no recompilation.

@@ -154,8 +154,8 @@ def _broken(pq: jax.Array, rz: jax.Array, residual: jax.Array, flag: jax.Array) 
 def _zero_if_b_is(x: PyTree, r: PyTree, residual: jax.Array, scale: jax.Array) -> tuple[PyTree, PyTree, jax.Array]:
     # For b = 0 no residual above zero is small relative to ||b||, but the answer is known.
     null = scale == 0
-    clear = lambda tree: jax.tree.map(lambda leaf: jnp.where(null, 0, leaf), tree)  # noqa: E731
-    return clear(x), clear(r), jnp.where(null, 0, residual)
+    x, r = jax.tree.map(lambda leaf: jnp.where(null, 0, leaf), (x, r))
+    return x, r, jnp.where(null, 0, residual)
 
 
 def _step(hyper: None, x: PyTree, state: CGState, problem: Linear) -> tuple[PyTree, CGState]:
@@ -183,7 +183,8 @@ def _refresh(hyper: Any, x: PyTree, state: CGState, problem: Linear) -> CGState:
 
 
 def _flexible_init(hyper: jax.Array, x: PyTree, problem: Linear) -> FlexibleCGState:
-    ring = jax.tree.map(lambda leaf: jnp.zeros(hyper.shape + leaf.shape, leaf.dtype), x)
+    # Stacked from copies of x's leaves, so that the rings inherit their sharding.
+    ring = jax.tree.map(lambda leaf: jnp.stack([jnp.zeros_like(leaf)] * hyper.shape[0]), x)
     base = _init(None, x, problem)
     return FlexibleCGState(base, ring, ring, jnp.ones(hyper.shape, base.rz.dtype), jnp.int32(0))
 
@@ -207,7 +208,12 @@ def _flexible_step(
     z, rz, residual = _precondition(r, problem)
     flag = _broken(pq, rz, residual, base.flag)
     x, r, residual = _zero_if_b_is(x, r, residual, base.scale)
-    put = lambda ring, new: ring.at[slot].set(new)  # noqa: E731
+    here = jnp.arange(m, dtype=jnp.int32) == slot
+
+    def put(ring: jax.Array, new: jax.Array) -> jax.Array:
+        # A choice, not a scatter: scatters refuse explicitly sharded operands.
+        return jnp.where(here.reshape((m,) + (1,) * (ring.ndim - 1)), new, ring)
+
     return x, FlexibleCGState(
         base=CGState(r, z, rz, residual, base.scale, flag, base.drifted),
         directions=jax.tree.map(put, state.directions, p),
