@@ -1,0 +1,159 @@
+"""The table of what is measured: one row a method, one small file a row under `benchmarks/ops/`.
+
+A row says how to make inputs, what to run, what the truth is and whom to compare with; `benchmarks.run` does the
+measuring. A new file in `benchmarks/ops/` that calls `register` is all a new method needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MODES = ("fwd", "fwd_bwd", "solve", "step")
+METRICS = ("ratio", "speedup", "compile_ratio", "error", "figure")
+
+Params = Mapping[str, Any]
+# Built once for a parameter set; called with the inputs. Imports of the package under test belong inside.
+Build = Callable[[Params], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Somebody else's implementation of the same work.
+
+    Attributes:
+      package: distribution to name in the record and in the error when it is missing; one of the extra `bench`.
+      build: `(params) -> callable(*inputs)`; imports its package when called, not before.
+      jit: False for code that is not JAX (scipy, POT): it is then called with NumPy arrays and never compiled.
+      modes: modes it can run; None means all modes of the row.
+    """
+
+    package: str
+    build: Build
+    jit: bool = True
+    modes: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure that must hold: `metric` at most (or at least) `limit`.
+
+    Attributes:
+      metric: "ratio" (our time / peer's), "speedup" (its inverse), "compile_ratio", "error", or "figure".
+      limit: the number.
+      source: the sentence the number comes from.
+      at_least: the figure must be at least the limit, else at most.
+      shape: name of the parameter set; None means every one.
+      mode: None means every mode.
+      peer: None means every peer; ignored for "error" and "figure".
+      figure: key in the row's figures, for "figure".
+    """
+
+    metric: str
+    limit: float
+    source: str
+    at_least: bool = False
+    shape: str | None = None
+    mode: str | None = None
+    peer: str | None = None
+    figure: str | None = None
+
+    def met(self, value: float) -> bool:
+        """Whether a measured value meets the target; NaN never does."""
+        return value >= self.limit if self.at_least else value <= self.limit
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's line in the table; see `register`."""
+
+    name: str
+    covers: tuple[str, ...]
+    shapes: Mapping[str, Params]
+    make: Callable[[Params], tuple]
+    run: Build
+    reference: Build
+    modes: tuple[str, ...]
+    tests: tuple[str, ...]
+    peers: Mapping[str, Peer] = field(default_factory=dict)
+    targets: tuple[Target, ...] = ()
+    figures: Mapping[str, Callable[[], Mapping[str, float]]] = field(default_factory=dict)
+    error: Callable[[Any, Any], float] | None = None
+    x64: bool = False
+
+
+_ROWS: dict[str, Row] = {}
+
+# Public names that need no row, and why.
+EXEMPT = {
+    "phase": "a combinator: it adds no arithmetic of its own",
+    "then": "a combinator: it adds no arithmetic of its own",
+    "restarted": "a combinator: it adds no arithmetic of its own",
+    "warm_started": "a combinator: it adds no arithmetic of its own",
+    "strict": "a check at trace time: it leaves no trace in the compiled update",
+}
+
+
+def register(row: Row) -> Row:
+    """Add a row to the table.
+
+    Raises:
+      ValueError: the name is taken, or a field names something that does not exist.
+    """
+    if row.name in _ROWS:
+        raise ValueError(f"register: `name` must be new; got {row.name!r}, which already has a row.")
+    for wrong in sorted(set(row.modes) - set(MODES)):
+        raise ValueError(f"register: `modes` of {row.name!r} must be among {MODES}; got {wrong!r}.")
+    for target in row.targets:
+        _check_target(row, target)
+    _ROWS[row.name] = row
+    return row
+
+
+def _check_target(row: Row, target: Target) -> None:
+    known = [
+        ("metric", target.metric, METRICS),
+        ("shape", target.shape, (None, *row.shapes)),
+        ("mode", target.mode, (None, *row.modes)),
+        ("peer", target.peer, (None, *row.peers)),
+    ]
+    for name, value, allowed in known:
+        if value not in allowed:
+            raise ValueError(f"register: target `{name}` of {row.name!r} must be among {allowed}; got {value!r}.")
+
+
+def rows() -> dict[str, Row]:
+    """Every row by name, after importing all files of `benchmarks/ops/`."""
+    ops = importlib.import_module("benchmarks.ops")
+    for module in sorted(entry.name for entry in pkgutil.iter_modules(ops.__path__)):
+        importlib.import_module(f"benchmarks.ops.{module}")
+    return dict(sorted(_ROWS.items()))
+
+
+def shapes(name: str) -> Mapping[str, Params]:
+    """The named parameter sets of one row, for tests that want the same ones."""
+    importlib.import_module(f"benchmarks.ops.{name}")
+    return _ROWS[name].shapes
+
+
+def public_methods() -> set[str]:
+    """Names of every public callable of `jaxnum.transforms`, `jaxnum.solvers` and `kernels_pallas`."""
+    names = set()
+    for package in ("jaxnum.transforms", "jaxnum.solvers", "kernels_pallas"):
+        module = importlib.import_module(package)
+        listed = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
+        for name in listed:
+            member = getattr(module, name)
+            if isinstance(member, types.FunctionType):
+                names.add(name)
+    return names
+
+
+def uncovered() -> list[str]:
+    """Public methods with neither a row nor a stated reason."""
+    covered = {name for row in rows().values() for name in (row.name, *row.covers)}
+    return sorted(public_methods() - covered - set(EXEMPT))
