@@ -43,12 +43,17 @@ def newest(records: Iterable[dict[str, Any]], keys: tuple[str, ...]) -> list[dic
 def circumstances(packages: Iterable[str] = ()) -> dict[str, Any]:
     """Date, commit, device, cores and versions: what a figure means nothing without."""
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "commit": commit(),
         "device": device(),
         "cores": os.cpu_count(),
         "versions": {name: version(name) for name in ("jax", "jaxlib", "numpy", *packages)},
     }
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def version(package: str) -> str:

@@ -30,12 +30,14 @@ class Peer:
       build: `(params) -> callable(*inputs)`; imports its package when called, not before.
       jit: False for code that is not JAX (scipy, POT): it is then called with NumPy arrays and never compiled.
       modes: modes it can run; None means all modes of the row.
+      same_answer: False for a different method with the same job, whose error against our reference says nothing.
     """
 
     package: str
     build: Build
     jit: bool = True
     modes: tuple[str, ...] | None = None
+    same_answer: bool = True
 
 
 @dataclass(frozen=True)

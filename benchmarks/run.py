@@ -152,7 +152,7 @@ def _measure_case(row: registry.Row, shape: str, mode: str, options: Any, roofli
                 "compile_s": measure.spread(compiling[key]).median if key in compiling else None,
                 **measure.spread(sampled[key])._asdict(),
                 "temp_bytes": measure.temp_bytes(executables[key]) if key in executables else None,
-                "error": error(call()),
+                "error": error(call()) if key == OURS or peer.same_answer else None,
             }
             for key, call in calls.items()
         }
@@ -267,7 +267,8 @@ def _side(side: dict[str, Any]) -> str:
     compiling = "" if side["compile_s"] is None else f", compile {side['compile_s']:.2f} s"
     temp = "" if side["temp_bytes"] is None else f", temp {side['temp_bytes'] / 2**20:.2f} MiB"
     times = f"{side['median'] * 1e3:.4g} ms (20 % {side['p20'] * 1e3:.4g}, 80 % {side['p80'] * 1e3:.4g})"
-    return f"{times}{compiling}{temp}, error {side['error']:.2e}"
+    error = "" if side["error"] is None else f", error {side['error']:.2e}"
+    return f"{times}{compiling}{temp}{error}"
 
 
 if __name__ == "__main__":
