@@ -154,9 +154,12 @@ def _hessian_vector_product(obj_fn: Callable, params: PyTree, vector: PyTree, mo
     if mode != "auto":
         return {"forward": forward, "reverse": reverse}[mode]()
     try:
-        return forward()
+        refused = _holds(jax.make_jaxpr(forward)().jaxpr, "custom_lin")
+        refusal = "a custom_vjp function has no forward-mode derivative"
     except _REFUSALS as error:
-        refusal = str(error)
+        refused, refusal = True, str(error)
+    if not refused:
+        return forward()
     # An error of obj_fn itself comes out here, in its own words; what is left is a refusal of forward mode.
     jax.eval_shape(gradient, params)
     try:
@@ -166,3 +169,19 @@ def _hessian_vector_product(obj_fn: Callable, params: PyTree, vector: PyTree, mo
     remedy = "Use an implementation that can be differentiated twice, or gauss_newton_bartlett."
     wanted = "be differentiable twice"
     return checks.value("hutchinson", "obj_fn", False, wanted, got, remedy, NotImplementedError)
+
+
+def _holds(jaxpr: Any, name: str) -> bool:
+    """Whether a primitive occurs in a jaxpr or in one nested in it.
+
+    Inside jit, cond and scan, JAX notes the forward derivative of a custom_vjp function as the primitive
+    `custom_lin` and refuses it only when the program is lowered, too late to choose another mode.
+    """
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == name:
+            return True
+        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            nested = getattr(parameter, "jaxpr", parameter)
+            if hasattr(nested, "eqns") and _holds(nested, name):
+                return True
+    return False
