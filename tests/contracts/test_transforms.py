@@ -66,6 +66,14 @@ def tree(f):
 
 CALLS = []
 SHARED = twin(lambda u, s: (u, s), lambda p: (p["w"], p["w"]))
+REFUSES_EXTRA = TransformMember(
+    "twin",
+    lambda learning_rate: optax.GradientTransformation(lambda p: (), lambda u, s, p=None: (u, s)),
+    {"learning_rate": 0.05},
+)
+BAKES_IN = TransformMember(
+    "twin", lambda learning_rate: optax.sgd(float(f"{learning_rate:r}")), {"learning_rate": 0.05}
+)
 WRONG_TWINS = [
     (twin(tree(lambda u: -u)), transform.parabola),
     (twin(tree(lambda u: -u)), transform.descends_rosenbrock),
@@ -79,6 +87,11 @@ WRONG_TWINS = [
     (SHARED, transform.donates),
     (twin(lambda u, s: (CALLS.append(1), (jax.tree.map(lambda x: x * len(CALLS), u), s))[1]), transform.checkpoints),
     (twin(lambda u, s: (CALLS.append(1), (jax.tree.map(lambda x: x * len(CALLS), u), s))[1]), transform.chains),
+    (twin(lambda u, s: (CALLS.append(1), (jax.tree.map(lambda x: x * len(CALLS), u), s))[1]), transform.accumulates),
+    (twin(tree(lambda u: u * (2 if u.dtype == "float64" else 1))), transform.precisions_agree),
+    (twin(lambda u, s: (u, jnp.zeros(8)), lambda p: p["b"]), transform.keeps_sharding),
+    (REFUSES_EXTRA, transform.ignores_extra_arguments),
+    (BAKES_IN, transform.injected_hyperparameters),
 ]
 
 
