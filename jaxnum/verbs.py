@@ -8,10 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnum.core.problems import FixedPoint, Linear
+from jaxnum.core.costs import Cost, DenseCost
+from jaxnum.core.problems import FixedPoint, Linear, Transport
 from jaxnum.core.solver import Phases, Solution, Solver, drive
 from jaxnum.solvers.fixed_point._picard import picard
 from jaxnum.solvers.linear._cg import cg
+from jaxnum.solvers.transport._sinkhorn import sinkhorn
 
 PyTree = Any
 
@@ -136,6 +138,84 @@ def linear_solve(
         cg() if solver is None else solver,
         jax.tree.map(jnp.zeros_like, b) if x0 is None else x0,
         Linear(A, b, preconditioner, null_space),
+        rtol=rtol,
+        atol=atol,
+        max_steps=max_steps,
+        check_every=check_every,
+        history=history,
+        adjoint=adjoint,
+        checkpoint_every=checkpoint_every,
+        progress=progress,
+        on_failure=on_failure,
+    )
+
+
+def transport(
+    cost: Any,
+    a: Any,
+    b: Any,
+    epsilon: Any,
+    *,
+    tau_a: Any = 1.0,
+    tau_b: Any = 1.0,
+    x0: PyTree | None = None,
+    solver: Solver | Phases | None = None,
+    rtol: Any = None,
+    atol: Any = None,
+    max_steps: int | None = None,
+    check_every: int | None = None,
+    history: bool = False,
+    adjoint: str = "implicit",
+    checkpoint_every: int | None = None,
+    progress: Any = None,
+    on_failure: str = "raise",
+) -> Solution:
+    """Entropic optimal transport between weights a and b: the potentials (f, g) of the plan.
+
+    The plan is P_ij = exp((f_i + g_j - C_ij) / epsilon); see `jaxnum.Transport` for what it minimises, and for
+    `plan`, `apply`, `primal_cost` and `dual_cost` of the potentials.
+
+    Args:
+      cost: array [n, m], or a `jaxnum.PointCloudCost`, which never forms it.
+      a: weights [n] >= 0, floating point.
+      b: weights [m] >= 0; sum b = sum a unless a tau is below 1.
+      epsilon: real scalar > 0, in units of the cost.
+      tau_a: real scalar in (0, 1]: rho / (rho + epsilon) for the penalty rho KL(P 1 | a); 1 demands P 1 = a.
+      tau_b: the same for b.
+      x0: starting potentials (f [n], g [m]); default zeros.
+      solver: default `jaxnum.solvers.sinkhorn()`; give it `epsilon_scaling=0.5` for epsilon below 1e-2 max C.
+      rtol: see `jaxnum.solvers.sinkhorn` for the residual; default 1e-6 (float64) or 1e-4.
+      atol: see `jaxnum.solve`.
+      max_steps: see `jaxnum.solve`.
+      check_every: see `jaxnum.solve`; default 10.
+      history: see `jaxnum.solve`.
+      adjoint: see `jaxnum.solve`.
+      checkpoint_every: see `jaxnum.solve`.
+      progress: see `jaxnum.solve`.
+      on_failure: see `jaxnum.solve`.
+
+    Returns:
+      A `jaxnum.Solution` whose x is (f [n], g [m]), with sum a f = sum b g in the balanced case.
+
+    Raises:
+      ShapeError, DtypeError, ValueError: the cost, the weights, epsilon or tau do not fit.
+      SolverError: an eager call that did not converge; `infeasible` for weights that no plan can have.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxnum
+      >>> x = jnp.linspace(0, 1, 5)[:, None]
+      >>> a = jnp.full(5, 0.2)
+      >>> problem = jaxnum.Transport(jaxnum.PointCloudCost(x, x + 1), a, a, 0.05)
+      >>> f, g = jaxnum.transport(problem.cost, a, a, 0.05).x
+      >>> print(f"{float(problem.primal_cost((f, g))):.2f}")
+      1.05
+    """
+    a, b = jnp.asarray(a), jnp.asarray(b)
+    return drive(
+        "transport",
+        sinkhorn() if solver is None else solver,
+        (jnp.zeros_like(a), jnp.zeros_like(b)) if x0 is None else x0,
+        Transport(cost if isinstance(cost, Cost) else DenseCost(jnp.asarray(cost)), a, b, epsilon, tau_a, tau_b),
         rtol=rtol,
         atol=atol,
         max_steps=max_steps,
