@@ -49,8 +49,8 @@ def figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (9.0,
     return canvas, axes
 
 
-def curves(ax: Any, title: str, x: str, y: str, *, log: bool = True) -> None:
-    """Label axes that hold curves, with a grid and a legend."""
+def curves(ax: Any, title: str, x: str, y: str, *, log: bool = True, legend: str = "best") -> None:
+    """Label axes that hold curves, with a grid and a legend at the place named."""
     if log:
         ax.set_yscale("log")
     ax.set_title(title, fontsize=10.5)
@@ -58,7 +58,7 @@ def curves(ax: Any, title: str, x: str, y: str, *, log: bool = True) -> None:
     ax.set_ylabel(y, fontsize=9.5)
     ax.grid(True, color="#dfe3e8", linewidth=0.7)
     ax.set_axisbelow(True)
-    ax.legend(frameon=False, fontsize=9)
+    ax.legend(frameon=False, fontsize=9, loc=legend)
 
 
 def image(ax: Any, title: str) -> None:
