@@ -72,9 +72,9 @@ def digits(*, epochs: int = 25, width: int = 64, batch: int = 64, seed: int = 0)
         title="Handwritten digits, by Sophia and by AdamW",
         text=(
             f"A network with two hidden layers of {width} units learns {data.train[0].shape[0]} of scikit-learn's "
-            "8 x 8 handwritten digits. Both methods start from the same weights and see the same batches; each is trained "
-            f"with {len(RATES['sophia'])} learning rates at once under vmap, and keeps the one with the lowest loss on "
-            f"{data.choose[0].shape[0]} digits set aside. Accuracy is counted on {data.test[0].shape[0]} others.",
+            "8 x 8 handwritten digits. Both methods start from the same weights and see the same batches; each is "
+            f"trained with {len(RATES['AdamW'])} learning rates at once under vmap, and keeps the one with the least loss "
+            f"on {data.choose[0].shape[0]} digits set aside. Accuracy is counted on {data.test[0].shape[0]} others.",
             "jaxnum.transforms.sophia divides the momentum by an estimate of the curvature, the Gauss-Newton-Bartlett "
             "one, taken afresh every tenth step from labels drawn from the model's own prediction. It is an optax "
             "transformation: the training loop is the same for both.",

@@ -168,5 +168,6 @@ def _picture(b: jax.Array, plain: jaxnum.Solution, quick: jaxnum.Solution) -> Pi
             linewidth=1.3,
         )
     right.set_xscale("log")
+    right.set_ylim(bottom=float(quick.residual) / scale / 1e3)
     curves(right, "residual, step by step", "step", "||b - A x|| / ||b||", legend="lower left")
     return Picture("poisson", canvas, "Left: the computed potential. Right: relative residual of both solves.")
