@@ -102,6 +102,7 @@ def sinkhorn(
         init=_init,
         step=_step,
         measure=_measure,
+        finish=_finish,
         problem=Transport,
         hyper=hyper,
         defaults=Defaults(rtol=ByPrecision(1e-6, 1e-4), max_steps=10_000, check_every=10),
@@ -170,6 +171,11 @@ def _measure(hyper: Any, x: Pair, state: SinkhornState, problem: Transport) -> M
     residual = jnp.where(problem.balanced, wrong_a + wrong_b, jnp.maximum(next_a, next_b))
     waiting = jnp.where(jnp.isfinite(residual), jnp.finfo(residual.dtype).max, residual)
     return Measure(jnp.where(state.judged, residual, waiting), jnp.ones((), residual.dtype), state.flag)
+
+
+def _finish(hyper: Any, x: Pair, state: SinkhornState, problem: Transport) -> Pair:
+    # Every adjoint then returns the same potentials, not only the implicit one.
+    return problem.canonical(x)
 
 
 def _errors(u: jax.Array, lse: jax.Array, weights: jax.Array, tau: jax.Array) -> tuple[jax.Array, jax.Array]:
