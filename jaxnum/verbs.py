@@ -14,6 +14,7 @@ from jaxnum.core.solver import Phases, Solution, Solver, drive
 from jaxnum.solvers.fixed_point._picard import picard
 from jaxnum.solvers.linear._cg import cg
 from jaxnum.solvers.transport._sinkhorn import sinkhorn
+from kernels_pallas import checks
 
 PyTree = Any
 
@@ -211,6 +212,7 @@ def transport(
       1.02
     """
     a, b = jnp.asarray(a), jnp.asarray(b)
+    checks.dtype("transport", "floating", remedy="Weights are real numbers.", a=a, b=b)
     return drive(
         "transport",
         sinkhorn() if solver is None else solver,
