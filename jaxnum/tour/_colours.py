@@ -21,7 +21,7 @@ class Moved(NamedTuple):
     price: float
 
 
-def colours(*, samples: int = 1200, stride: int = 2, epsilon: float = 0.003, seed: int = 0) -> Stop:
+def colours(*, samples: int = 1000, stride: int = 2, epsilon: float = 0.003, seed: int = 0) -> Stop:
     """Two photographs exchange their colours, by `transport` between samples of their pixels.
 
     Args:
@@ -57,7 +57,7 @@ def colours(*, samples: int = 1200, stride: int = 2, epsilon: float = 0.003, see
             ("steps, Sinkhorn over-relaxed by 1.5", f"{int(moved.relaxed.steps)}"),
             ("steps, Sinkhorn plain", f"{int(moved.plain.steps)}"),
             (
-                "marginal error ||P 1 - a||₁ + ||Pᵀ 1 - b||₁, over-relaxed / plain",
+                "marginal error in the L1 norm, over-relaxed / plain",
                 f"{error:.1e} / {float(moved.plain.residual):.1e}",
             ),
             ("mean squared distance a colour is moved", f"{moved.price:.4f}"),
@@ -117,7 +117,7 @@ def _diagnostics(palettes: tuple[jnp.ndarray, jnp.ndarray], moved: Moved) -> Pic
         ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel="red", ylabel="blue", aspect="equal")
         ax.set_title(f"sampled colours, {title}", fontsize=10.5)
     for solution, name, colour in ((moved.plain, "plain", ORANGE), (moved.relaxed, "over-relaxed", BLUE)):
-        history = np.asarray(solution.history)[: int(solution.steps) + 1]
-        right.plot(history, color=colour, label=f"{name}: {int(solution.steps)} steps")
-    curves(right, "marginal error", "step", "L1 norm")
+        history = np.asarray(solution.history)[1 : int(solution.steps) + 1]
+        right.plot(np.arange(1, history.size + 1), history, color=colour, label=f"{name}: {int(solution.steps)} steps")
+    curves(right, "marginal error", "step", "L1 norm of both errors")
     return Picture("colours_transport", canvas, "The two clouds of colours, and the marginal error of both solves.")

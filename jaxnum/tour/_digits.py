@@ -73,7 +73,7 @@ def digits(*, epochs: int = 25, width: int = 64, batch: int = 64, seed: int = 0)
         text=(
             f"A network with two hidden layers of {width} units learns {data.train[0].shape[0]} of scikit-learn's "
             "8 x 8 handwritten digits. Both methods start from the same weights and see the same batches; each is "
-            f"trained with {len(RATES['AdamW'])} learning rates at once under vmap, and keeps the one with the least loss "
+            f"trained with {len(RATES['AdamW'])} learning rates at once under vmap, and keeps the one of least loss "
             f"on {data.choose[0].shape[0]} digits set aside. Accuracy is counted on {data.test[0].shape[0]} others.",
             "jaxnum.transforms.sophia divides the momentum by an estimate of the curvature, the Gauss-Newton-Bartlett "
             "one, taken afresh every tenth step from labels drawn from the model's own prediction. It is an optax "
