@@ -39,7 +39,7 @@ def poisson(*, n: int = 256, rtol: float = 1e-10) -> Stop:
             f"five-point stencil, given to linear_solve as a function: its {n * n:,} x {n * n:,} matrix is never "
             "formed.",
             f"Plain conjugate gradients need {int(plain.steps)} steps. With one multigrid V-cycle as preconditioner, "
-            f"a dozen lines of JAX, {int(quick.steps)} are enough, and the solution "
+            f"written in plain JAX, {int(quick.steps)} are enough, and the solution "
             f" agrees with scipy's sparse direct solver to {errors[1]:.0e}.",
         ),
         finding=f"CG {int(plain.steps)} steps, with multigrid {int(quick.steps)}; {errors[1]:.0e} off scipy's.",
