@@ -85,9 +85,11 @@ class Cost:
 
 
 def _logsumexp(M: jax.Array) -> jax.Array:
-    """Over the last axis. jax.nn's handles signs and weights too, which would double the graph of a solve."""
+    """Over the last axis; NaN where no entry is finite.
+
+    jax.nn's handles signs and weights too, which would double the graph of a solve.
+    """
     top = jax.lax.stop_gradient(jnp.max(M, axis=-1, keepdims=True))
-    top = jnp.where(jnp.isfinite(top), top, 0)
     return jnp.log(jnp.sum(jnp.exp(M - top), axis=-1)) + top[..., 0]
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxnum.core import precision
 from jaxnum.core.solver import ByPrecision, Defaults, Measure, Solver
 from jaxnum.core.status import Status
-from jaxnum.core.transport import Transport, finite
+from jaxnum.core.transport import Transport
 from kernels_pallas import checks
 
 Pair = tuple[jax.Array, jax.Array]
@@ -33,9 +33,9 @@ class SinkhornState(NamedTuple):
 
 
 class SinkhornHyper(NamedTuple):
-    """Over-relaxation, and the decay of epsilon (None without scaling) with the sweeps of a stage."""
+    """Over-relaxation (None without), and the decay of epsilon (None without scaling) with the sweeps of a stage."""
 
-    momentum: jax.Array
+    momentum: jax.Array | None
     decay: jax.Array | None
     sweeps: jax.Array | None
 
@@ -93,7 +93,8 @@ def sinkhorn(
         checks.value("sinkhorn", "stage_sweeps", int(stage_sweeps) >= 1, "be at least 1", stage_sweeps)
     scaled = epsilon_scaling is not None
     hyper = SinkhornHyper(
-        jnp.asarray(momentum),
+        # Python's 1.0 leaves the blend out of the graph, which is compiled with every shape.
+        None if isinstance(momentum, (int, float)) and momentum == 1 else jnp.asarray(momentum),
         jnp.asarray(epsilon_scaling) if scaled else None,
         jnp.asarray(stage_sweeps, jnp.int32) if scaled else None,
     )
@@ -145,7 +146,7 @@ def _step(hyper: SinkhornHyper, x: Pair, state: SinkhornState, problem: Transpor
     if hyper.decay is not None:
         stage = (count // hyper.sweeps).astype(target.dtype)
         after = jnp.maximum(state.first * hyper.decay.astype(target.dtype) ** stage, target)
-    f, g = finite(x, (problem.a, problem.b))
+    f, g = x
     f = _update(f, state.rows, problem.a, tau_a, now, hyper.momentum)
     cols = problem.cost.lse_cols(problem.log_scalings((f, g), now)[0], now)
     g = _update(g, cols, problem.b, tau_b, now, hyper.momentum)
@@ -155,12 +156,14 @@ def _step(hyper: SinkhornHyper, x: Pair, state: SinkhornState, problem: Transpor
 
 
 def _update(
-    old: jax.Array, lse: jax.Array, weights: jax.Array, tau: jax.Array, epsilon: jax.Array, momentum: jax.Array
+    old: jax.Array, lse: jax.Array, weights: jax.Array, tau: jax.Array, epsilon: jax.Array, momentum: jax.Array | None
 ) -> jax.Array:
     held = weights > 0
     new = tau * epsilon * (jnp.log(jnp.where(held, weights, 1)).astype(lse.dtype) - lse)
-    w = momentum.astype(lse.dtype)
-    return jnp.where(held, (1 - w) * old.astype(lse.dtype) + w * new, -jnp.inf).astype(old.dtype)
+    if momentum is not None:
+        w = momentum.astype(lse.dtype)
+        new = (1 - w) * jnp.where(held, old, 0).astype(lse.dtype) + w * new
+    return jnp.where(held, new, -jnp.inf).astype(old.dtype)
 
 
 def _measure(hyper: Any, x: Pair, state: SinkhornState, problem: Transport) -> Measure:
