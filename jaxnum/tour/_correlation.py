@@ -57,7 +57,8 @@ def correlation(*, steps: int = 2000, hidden: float = 0.2, seed: int = 0) -> Sto
             "N steps is at most 2 ||x0 - x*|| / (N + 1), whatever the data.",
             f"After {taken} steps the lowest eigenvalue is {after[0]:.1e}. Clipping that rest and rescaling to unit "
             f"diagonal gives a correlation matrix at Frobenius distance {distance:.6f} from the broken one (Picard: "
-            f"{picard_distance:.6f}); it serves as x* in the bound drawn here. The nearest one is reached in the limit only.",
+            f"{picard_distance:.6f}); it serves as x* in the bound drawn here. The nearest one is "
+            "reached in the limit only.",
         ),
         finding=f"{int((before < 0).sum())} negative eigenvalues repaired, distance {distance:.4f}, residual "
         f"{residuals[taken]:.1e} under its bound {bound[taken]:.1e}.",
