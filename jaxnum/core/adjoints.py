@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxnum.core import precision, trees
+from jaxnum.core.functions import Function
+from kernels_pallas import checks
 
 PyTree = Any
 Matvec = Callable[[PyTree], PyTree]
@@ -25,7 +27,6 @@ _KRYLOV_STEPS = 1000
 _GMRES_RESTART = 50
 
 
-@jax.custom_jvp
 def implicit(problem: Any, x: PyTree) -> PyTree:
     """The solution x of `problem` as a differentiable function of the problem's leaves.
 
@@ -36,18 +37,30 @@ def implicit(problem: Any, x: PyTree) -> PyTree:
     Returns:
       x unchanged.
 
+    Raises:
+      ValueError: a function of the problem is not traced: the arrays it captures would silently have derivative zero.
+
     Derivatives: tangents solve root_x dx = -root_p dp in the complement of the null space, by LU below 256 unknowns,
       else by projected preconditioned CG (`problem.symmetric`) or GMRES. A tangent whose residual is not small is NaN:
       a singular Jacobian must not look like an answer.
     """
+    members = jax.tree.leaves(problem, is_leaf=lambda member: isinstance(member, Function))
+    raw = [member.fn for member in members if isinstance(member, Function) and member.consts is None]
+    wanted = "have its functions traced and the arrays they capture hoisted"
+    checks.value("implicit", "problem", not raw, wanted, raw, "Call problem.traced(x) first.")
+    return _implicit(problem, x)
+
+
+@jax.custom_jvp
+def _implicit(problem: Any, x: PyTree) -> PyTree:
     return x
 
 
-@implicit.defjvp
+@_implicit.defjvp
 def _implicit_jvp(primals: tuple, tangents: tuple) -> tuple[PyTree, PyTree]:
     problem, x = primals
     # The recursion makes x depend on the problem inside the rule too: that is the second derivative.
-    x = implicit(problem, x)
+    x = _implicit(problem, x)
     _, rhs = jax.jvp(lambda p: p.root(x), (problem,), (tangents[0],))
     rhs = problem.project(jax.tree.map(jnp.negative, _instantiate(rhs)))
     _, jacobian = jax.linearize(problem.root, x)
@@ -64,7 +77,7 @@ def _instantiate(rhs: PyTree) -> PyTree:
     # The transpose of custom_linear_solve asserts when one leaf of the right-hand side is unperturbed; a zero that
     # depends on every leaf makes each one perturbed.
     total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(rhs))
-    return jax.tree.map(lambda leaf: leaf + (0 * total).astype(leaf.dtype), rhs)
+    return jax.tree.map(lambda leaf: leaf + jnp.astype(0 * total, leaf.dtype), rhs)
 
 
 def _solve_tangent(matvec: Matvec, rhs: PyTree, *, problem: Any) -> PyTree:
