@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 PyTree = Any
 
@@ -254,6 +255,11 @@ def value(
     """
     if not ok:
         _raise(error, function, argument, wanted, got, remedy)
+
+
+def traced(got: Any) -> bool:
+    """Whether a value is being traced, so that Python cannot read its number."""
+    return isinstance(got, Tracer)
 
 
 def choice(function: str, argument: str, got: Any, options: Sequence[Any]) -> None:

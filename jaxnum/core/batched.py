@@ -176,7 +176,7 @@ def _leaf_axes(arguments: tuple, axes: tuple, *, shared_scalars: bool) -> list[i
 
 
 def _raise_unless_all_converged(name: str, solution: Solution) -> None:
-    if isinstance(solution.status, jax.core.Tracer):
+    if checks.traced(solution.status):
         return
     status = np.asarray(solution.status)
     failed = np.flatnonzero(status != Status.converged)

@@ -112,9 +112,9 @@ def restarted(solver: Solver, *, factor: float | jax.Array = 0.5, every: int | j
 
     Cost: one `init` of the inner solver at each restart (under vmap: at each step).
     """
-    if not isinstance(factor, jax.core.Tracer):
+    if not checks.traced(factor):
         checks.value("restarted", "factor", 0 < float(factor) < 1, "be in (0, 1)", factor)
-    if every is not None and not isinstance(every, jax.core.Tracer):
+    if every is not None and not checks.traced(every):
         checks.value("restarted", "every", int(every) >= 1, "be at least 1", every)
     hyper = _RestartHyper(solver, jnp.asarray(factor), jnp.asarray(0 if every is None else every, jnp.int32))
     return replace(
@@ -155,8 +155,10 @@ def _restart_measure(hyper: _RestartHyper, x: PyTree, state: RestartState, probl
 
 
 def _restart_finish(hyper: _RestartHyper, x: PyTree, state: RestartState, problem: Any) -> PyTree:
-    return hyper.solver.finish(hyper.solver.hyper, x, state.inner, problem)
+    finish: Callable = hyper.solver.finish  # pyright: ignore[reportAssignmentType]  # used only where there is one
+    return finish(hyper.solver.hyper, x, state.inner, problem)
 
 
 def _restart_refresh(hyper: _RestartHyper, x: PyTree, state: RestartState, problem: Any) -> RestartState:
-    return state._replace(inner=hyper.solver.refresh(hyper.solver.hyper, x, state.inner, problem))
+    refresh: Callable = hyper.solver.refresh  # pyright: ignore[reportAssignmentType]  # used only where there is one
+    return state._replace(inner=refresh(hyper.solver.hyper, x, state.inner, problem))

@@ -107,7 +107,7 @@ class DenseCost(Cost):
     @property
     def shape(self) -> tuple[int, int]:
         """(n, m)."""
-        return jnp.shape(self.C)
+        return jnp.shape(self.C)  # pyright: ignore[reportReturnType]  # `check` refuses other ranks
 
     @property
     def dtype(self) -> Any:
@@ -197,7 +197,8 @@ class PointCloudCost(Cost):
 
     def check(self, function: str) -> None:
         """The clouds must be matrices of one dtype and one dimension."""
-        checks.shape(function, **{"cost.x": (self.x, "n d"), "cost.y": (self.y, "m d")})
+        remedy = "A cloud has one point a row."
+        checks.shape(function, remedy=remedy, **{"cost.x": (self.x, "n d"), "cost.y": (self.y, "m d")})
         checks.dtype(function, "floating", **{"cost.x": self.x, "cost.y": self.y})
         checks.same_dtype(function, **{"cost.x": self.x, "cost.y": self.y})
 

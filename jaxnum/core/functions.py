@@ -158,7 +158,7 @@ def _value_key(value: Any, custom: list[bool]) -> Any:
 
 def _source_key(value: Any, depth: int) -> Any:
     """What a Python function is made of, as far as it can be seen; objects that cannot be seen through by identity."""
-    if isinstance(value, (jax.Array, np.ndarray, jax.core.Tracer)):
+    if isinstance(value, (jax.Array, np.ndarray)):
         return ("array", jnp.shape(value), str(jnp.result_type(value)))
     if depth < 4 and isinstance(value, partial):
         parts = (value.func, *value.args, *sorted(value.keywords.items()))

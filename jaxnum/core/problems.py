@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,11 @@ from kernels_pallas import checks
 __all__ = ["FiniteSum", "FixedPoint", "Inclusion", "Linear", "Minimize", "Problem", "Transport"]
 
 PyTree = Any
+C = TypeVar("C")
 
 
-def _problem(*, data: list[str], meta: tuple[str, ...] = ()) -> Callable[[type], type]:
+@dataclass_transform(frozen_default=True)
+def _problem(*, data: list[str], meta: tuple[str, ...] = ()) -> Callable[[type[C]], type[C]]:
     register = partial(jax.tree_util.register_dataclass, data_fields=data, meta_fields=list(meta))
     return lambda cls: register(dataclass(frozen=True)(cls))
 

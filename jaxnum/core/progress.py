@@ -22,7 +22,7 @@ class Progress(NamedTuple):
     done: bool
 
 
-Hook = Callable[[Progress], None]
+Hook = Callable[[Progress], object]
 
 # A loop reports at most this many times, so that the callback costs a fast solver little ...
 _REPORTS = 100

@@ -257,7 +257,7 @@ def drive(
 
 def raise_unless_converged(name: str, solution: Solution) -> None:
     """Raise SolverError if a concrete solution did not converge; traced solutions pass."""
-    if isinstance(solution.status, jax.core.Tracer) or int(solution.status) == Status.converged:
+    if checks.traced(solution.status) or int(solution.status) == Status.converged:
         return
     status = Status(int(solution.status))
     steps, residual = int(solution.steps), float(solution.residual)
@@ -327,7 +327,7 @@ def _tolerance(function: str, argument: str, given: Any, default: float, real: A
     chosen = default if given is None else given
     remedy = "Use vmap for one tolerance a problem."
     checks.shape(function, remedy=remedy, **{argument: (chosen, "")})
-    if not isinstance(chosen, jax.core.Tracer):
+    if not checks.traced(chosen):
         ok = not jnp.iscomplexobj(chosen) and float(chosen) >= 0
         checks.value(function, argument, ok, "be a real number >= 0", chosen)
     return jnp.asarray(chosen, precision.accumulator(real))

@@ -169,7 +169,7 @@ class Transport(Problem):
             given = getattr(self, name)
             checks.shape(function, remedy="Use vmap for several.", **{name: (given, "")})
             checks.dtype(function, "floating", **{name: given})
-            if not isinstance(given, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+            if not (checks.traced(given) or isinstance(given, jax.ShapeDtypeStruct)):
                 ok = 0 < float(given) <= top and float(given) < jnp.inf
                 checks.value(function, name, ok, "be in (0, 1]" if top == 1.0 else "be positive and finite", given)
 

@@ -98,8 +98,8 @@ def gauss_newton_bartlett(key: jax.Array, *, likelihood: str = "categorical") ->
     ) -> tuple[PyTree, GaussNewtonBartlettState]:
         del updates, extra_args
         arguments.parameters("gauss_newton_bartlett", params)
-        arguments.required("gauss_newton_bartlett", "logits_fn", logits_fn, "lambda params: model(params, x)")
-        logits, pull_back = jax.vjp(logits_fn, params)
+        model = arguments.required("gauss_newton_bartlett", "logits_fn", logits_fn, "lambda params: model(params, x)")
+        logits, pull_back = jax.vjp(model, params)
         logits_name = {"logits_fn(params)": logits}
         checks.dtype("gauss_newton_bartlett", "floating", **logits_name)
         checks.shape(
@@ -112,9 +112,10 @@ def gauss_newton_bartlett(key: jax.Array, *, likelihood: str = "categorical") ->
         score = score * jnp.sqrt(_shares(weights, wide))[..., None]
         (root,) = pull_back(score.astype(logits.dtype))
         estimate = jax.tree.map(lambda g: jnp.square(g.astype(accumulator(g.dtype))), root)
-        return estimate, GaussNewtonBartlettState(count=optax.safe_increment(state.count))
+        return estimate, GaussNewtonBartlettState(count=jnp.asarray(optax.safe_increment(state.count)))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    # optax types every state as any tree.
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def _categorical_score(key: jax.Array, logits: jax.Array) -> jax.Array:

@@ -103,20 +103,21 @@ def hutchinson(
     ) -> tuple[PyTree, HutchinsonState]:
         del updates, extra_args
         arguments.parameters("hutchinson", params)
-        arguments.required("hutchinson", "obj_fn", obj_fn, "lambda params: loss(params, batch)")
+        objective = arguments.required("hutchinson", "obj_fn", obj_fn, "lambda params: loss(params, batch)")
         drawn = jax.random.split(jax.random.fold_in(key, state.count), num_probes)
 
         def add_probe(total: PyTree, probe_key: jax.Array) -> tuple[PyTree, None]:
-            estimate = _one_probe(obj_fn, params, probe_key, probe, mode)
+            estimate = _one_probe(objective, params, probe_key, probe, mode)
             return jax.tree.map(jnp.add, total, estimate), None
 
-        estimate = _one_probe(obj_fn, params, drawn[0], probe, mode)
+        estimate = _one_probe(objective, params, drawn[0], probe, mode)
         if num_probes > 1:
             estimate, _ = jax.lax.scan(add_probe, estimate, drawn[1:])
             estimate = jax.tree.map(lambda x: x / num_probes, estimate)
-        return estimate, HutchinsonState(count=optax.safe_increment(state.count))
+        return estimate, HutchinsonState(count=jnp.asarray(optax.safe_increment(state.count)))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    # optax types every state as any tree.
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def _one_probe(obj_fn: Callable, params: PyTree, key: jax.Array, probe: str, mode: str) -> PyTree:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +41,12 @@ def parameters(function: str, params: PyTree) -> None:
         checks.dtype(function, "floating", **{"params" + jax.tree_util.keystr(path): leaf})
 
 
-def required(function: str, argument: str, got: Callable[..., Any] | None, example: str) -> None:
-    """Check that an extra argument of `update` was given and can be called.
+def required(function: str, argument: str, got: Callable[..., Any] | None, example: str) -> Callable[..., Any]:
+    """The extra argument of `update` that must have been given and can be called.
 
     Raises:
       ValueError: the argument is missing or cannot be called.
     """
     remedy = f"Pass update(updates, state, params, {argument}={example})."
     checks.value(function, argument, callable(got), "be given, a function of params", got, remedy)
+    return cast(Callable[..., Any], got)

@@ -203,14 +203,17 @@ def _scale_by_sophia(
         updates: PyTree, state: SophiaState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, SophiaState]:
         _strict.matching(function, updates, params, "floating")
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         mu = jax.tree.map(partial(_average, b1), state.mu, updates)
         unbiased = jax.tree.map(lambda m: (m / (1 - b1**count)).astype(m.dtype), mu) if bias_correct_mu else mu
 
         def refresh(nu: PyTree, win_rate: jax.Array, hessian_state: PyTree) -> tuple[PyTree, jax.Array, PyTree]:
             del win_rate
             estimate, hessian_state = hessian_fn.update(updates, hessian_state, params, **extra_args)
-            checks.same_tree(function, ("params", params), **{"hessian_fn.update(...)": estimate})
+            remedy = "hessian_fn must estimate every parameter."
+            checks.same_tree(
+                function, ("params", params), dtypes=False, remedy=remedy, **{"hessian_fn.update(...)": estimate}
+            )
             fresh = jax.tree.map(lambda n, h: _average(b2, n, h).astype(n.dtype), nu, estimate)
             used = fresh if order == "before" else nu
             return fresh, _win_rate(gamma, eps, clip, unbiased, used), hessian_state
@@ -228,7 +231,8 @@ def _scale_by_sophia(
         mu = jax.tree.map(lambda m, old: m.astype(old.dtype), mu, state.mu)
         return steps, SophiaState(count, mu, nu, win_rate, hessian_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    # optax types every state as any tree.
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def _check(function: str, wanted: str, inside: Callable[[float], bool], **numbers: Any) -> None:

@@ -64,7 +64,7 @@ def halpern(*, contraction: float | jax.Array = 1.0) -> Solver:
       >>> bool(jnp.linalg.norm(solution.x) < 1e-2)
       True
     """
-    if not isinstance(contraction, jax.core.Tracer):
+    if not checks.traced(contraction):
         checks.value("halpern", "contraction", 0 < float(contraction) <= 1, "be in (0, 1]", contraction)
     return Solver(
         name="halpern",

@@ -50,7 +50,7 @@ def picard(*, damping: float | jax.Array = 1.0) -> Solver:
       >>> print(f"{float(solution.x):.4f}")
       0.7391
     """
-    if not isinstance(damping, jax.core.Tracer):
+    if not checks.traced(damping):
         checks.value("picard", "damping", 0 < float(damping) <= 1, "be in (0, 1]", damping)
     return Solver(
         name="picard",

@@ -87,9 +87,9 @@ def sinkhorn(
       0.000045
     """
     for name, given, top in (("epsilon_scaling", epsilon_scaling, 1), ("momentum", momentum, 2)):
-        if given is not None and not isinstance(given, jax.core.Tracer):
+        if given is not None and not checks.traced(given):
             checks.value("sinkhorn", name, 0 < float(given) < top, f"be in (0, {top})", given)
-    if not isinstance(stage_sweeps, jax.core.Tracer):
+    if not checks.traced(stage_sweeps):
         checks.value("sinkhorn", "stage_sweeps", int(stage_sweeps) >= 1, "be at least 1", stage_sweeps)
     scaled = epsilon_scaling is not None
     hyper = SinkhornHyper(
@@ -143,7 +143,7 @@ def _infeasible(problem: Transport) -> jax.Array:
 def _step(hyper: SinkhornHyper, x: Pair, state: SinkhornState, problem: Transport) -> tuple[Pair, SinkhornState]:
     target, tau_a, tau_b = problem.scalars
     now, count, after = state.epsilon, state.count + 1, target
-    if hyper.decay is not None:
+    if hyper.decay is not None and hyper.sweeps is not None:
         stage = (count // hyper.sweeps).astype(target.dtype)
         after = jnp.maximum(state.first * hyper.decay.astype(target.dtype) ** stage, target)
     f, g = x
