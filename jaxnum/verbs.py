@@ -130,7 +130,7 @@ def linear_solve(
 
     Example:
       >>> import jax.numpy as jnp, jaxnum
-      >>> jaxnum.linear_solve(jnp.diag(jnp.array([1.0, 2.0, 4.0])), jnp.ones(3)).x.tolist()
+      >>> jaxnum.linear_solve(jnp.diag(jnp.array([1.0, 2.0, 4.0])), jnp.ones(3)).x.round(4).tolist()
       [1.0, 0.5, 0.25]
     """
     b = jax.tree.map(jnp.asarray, b)

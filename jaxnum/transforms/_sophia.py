@@ -107,11 +107,14 @@ def sophia(
       >>> loss = lambda x: jnp.sum(x**4)
       >>> estimator = hutchinson(jax.random.key(0))
       >>> optimiser = sophia(0.1, estimator, b1=0.5, gamma=1.0, weight_decay=0.0)
+      >>> @jax.jit
+      ... def step(x, state):
+      ...     updates, state = optimiser.update(jax.grad(loss)(x), state, x, obj_fn=loss)
+      ...     return optax.apply_updates(x, updates), state
       >>> x = jnp.array([1.0, -2.0])
       >>> state = optimiser.init(x)
       >>> for _ in range(100):
-      ...     updates, state = optimiser.update(jax.grad(loss)(x), state, x, obj_fn=loss)
-      ...     x = optax.apply_updates(x, updates)
+      ...     x, state = step(x, state)
       >>> bool(loss(x) < 1e-2)
       True
     """
