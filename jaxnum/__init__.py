@@ -1,6 +1,8 @@
 """jaxnum: functional numerics for JAX. Gradient transforms, jitted solvers and sequence kernels as pure functions."""
 
+from jaxnum import curvature as curvature
 from jaxnum import solvers as solvers
+from jaxnum import transforms as transforms
 from jaxnum.core.batched import solve_batched as solve_batched
 from jaxnum.core.costs import DenseCost as DenseCost
 from jaxnum.core.costs import PointCloudCost as PointCloudCost
