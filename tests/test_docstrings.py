@@ -1,4 +1,4 @@
-"""Every public function says what it takes, what it gives and where it comes from; no signature hides behind **kwargs."""
+"""Every public function says what it takes, gives and comes from; no signature hides behind **kwargs."""
 
 import ast
 import inspect
