@@ -32,10 +32,9 @@ CASES = {
 
 
 def options(function):
-    """Its keyword-only parameters that `solve` has too, with their defaults."""
-    shared = inspect.signature(jaxnum.solve).parameters
-    given = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in given if p.kind is p.KEYWORD_ONLY and p.name in shared and p.name != "solver"}
+    """Its keyword-only parameters that are options of `solve`, with their defaults."""
+    wanted = {p.name for p in inspect.signature(jaxnum.solve).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    return {p.name: p.default for p in inspect.signature(function).parameters.values() if p.name in wanted}
 
 
 @pytest.mark.parametrize("verb", [*VERBS, jaxnum.solve_batched], ids=lambda f: f.__name__)
