@@ -110,6 +110,14 @@ def test_the_wheel_holds_types_and_licence(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    "linter", ["ruff check", "ruff format", "codespell", "nbstripout", "basedpyright", "lint-imports"]
+)
+def test_ci_and_pre_commit_run_the_same_linters(linter):
+    assert f"entry: {linter}" in (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    assert linter in (ROOT / ".ci/run").read_text(encoding="utf-8")
+
+
 def tracked():
     done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     return [ROOT / file for file in done.stdout.split("\0") if file]
