@@ -188,7 +188,7 @@ def transport(
       rtol: see `jaxnum.solvers.sinkhorn` for the residual; default 1e-6 (float64) or 1e-4.
       atol: see `jaxnum.solve`.
       max_steps: see `jaxnum.solve`.
-      check_every: see `jaxnum.solve`; default 10.
+      check_every: see `jaxnum.solve`.
       history: see `jaxnum.solve`.
       adjoint: see `jaxnum.solve`.
       checkpoint_every: see `jaxnum.solve`.

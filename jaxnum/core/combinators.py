@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxnum.core.loops import Measure
+from jaxnum.core.loops import Measure, begin
 from jaxnum.core.solver import Phase, Phases, Solver
 from kernels_pallas import checks
 
@@ -130,7 +130,7 @@ def restarted(solver: Solver, *, factor: float | jax.Array = 0.5, every: int | j
 
 
 def _restart_init(hyper: _RestartHyper, x: PyTree, problem: Any) -> RestartState:
-    inner = hyper.solver.init(hyper.solver.hyper, x, problem)
+    inner = begin(hyper.solver, x, problem)
     residual = hyper.solver.measure(hyper.solver.hyper, x, inner, problem).residual
     return RestartState(inner, jnp.int32(0), jnp.int32(1), residual)
 
@@ -145,7 +145,7 @@ def _restart_step(hyper: _RestartHyper, x: PyTree, state: RestartState, problem:
     due = jnp.where(hyper.every > 0, since >= hyper.every, fallen | risen)
 
     def fresh() -> RestartState:
-        return RestartState(solver.init(solver.hyper, x, problem), jnp.zeros_like(since), since, residual)
+        return RestartState(begin(solver, x, problem), jnp.zeros_like(since), since, residual)
 
     return x, jax.lax.cond(due, fresh, lambda: RestartState(inner, since, state.length, state.anchor))
 
@@ -159,6 +159,5 @@ def _restart_finish(hyper: _RestartHyper, x: PyTree, state: RestartState, proble
     return finish(hyper.solver.hyper, x, state.inner, problem)
 
 
-def _restart_refresh(hyper: _RestartHyper, x: PyTree, state: RestartState, problem: Any) -> RestartState:
-    refresh: Callable = hyper.solver.refresh  # pyright: ignore[reportAssignmentType]  # used only where there is one
-    return state._replace(inner=refresh(hyper.solver.hyper, x, state.inner, problem))
+def _restart_refresh(hyper: _RestartHyper, state: RestartState, due: jax.Array) -> RestartState:
+    return state._replace(inner=hyper.solver.refresh(hyper.solver.hyper, state.inner, due))

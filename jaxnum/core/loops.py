@@ -32,7 +32,7 @@ class Measure(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """What a loop hands from step to step."""
+    """What a loop hands from step to step. `look`: whether the next step only looks; None where no step does."""
 
     x: PyTree
     state: PyTree
@@ -43,6 +43,7 @@ class Carry(NamedTuple):
     waited: jax.Array
     history: jax.Array | None
     checks: jax.Array
+    look: jax.Array | None
 
 
 class Limits(NamedTuple):
@@ -56,40 +57,42 @@ class Limits(NamedTuple):
     hook: Any
 
 
-def start(solver: Any, x: PyTree, problem: Any, limits: Limits, history: jax.Array | None, checks: jax.Array) -> Carry:
-    """Initialise the solver's state and judge the starting point."""
+def begin(solver: Any, x: PyTree, problem: Any) -> PyTree:
+    """The solver's state at x, ready to be measured and stepped from."""
     state = solver.init(solver.hyper, x, problem)
-    m = solver.measure(solver.hyper, x, state, problem)
-    residual = m.residual
+    if solver.refresh is None:
+        return state
+    return solver.step(solver.hyper, x, solver.refresh(solver.hyper, state, jnp.bool_(True)), problem)[1]
+
+
+def start(solver: Any, x: PyTree, problem: Any, limits: Limits, history: jax.Array | None, checks: jax.Array) -> Carry:
+    """Initialise the solver's state and judge the starting point, or leave the judging to the loop's first look."""
+    state = solver.init(solver.hyper, x, problem)
     zero = jnp.int32(0)
-    carry = Carry(x, state, zero, residual, _judge(m, limits), residual, zero, history, checks)
-    progress.report(limits.hook, carry.step, limits.max_steps, residual, jnp.bool_(False))
+    if solver.refresh is not None:
+        dtype = jax.eval_shape(solver.measure, solver.hyper, x, state, problem).residual.dtype
+        unknown = jnp.full((), jnp.inf, dtype)
+        return Carry(x, state, zero, unknown, jnp.int32(RUNNING), unknown, zero, history, checks, jnp.bool_(True))
+    m = solver.measure(solver.hyper, x, state, problem)
+    carry = Carry(x, state, zero, m.residual, _judge(m, limits), m.residual, zero, history, checks, None)
+    progress.report(limits.hook, carry.step, limits.max_steps, m.residual, jnp.bool_(False))
     return _record(carry)
 
 
 def run(solver: Any, carry: Carry, problem: Any, limits: Limits) -> Carry:
     """Step until the solve has a status or the limit is reached.
 
-    A solver with `refresh` (it recomputes what its recurrences have drifted from) is asked to do so every
-    `refresh_every` steps and whenever it claims convergence, and goes on if the claim does not hold. The refresh sits
-    in an outer loop: a `cond` inside the step would run it on every step of every lane under vmap.
+    A solver with `refresh` begins with a look: a step that leaves x where it is, recomputes what the state caches, and
+    does not count. With `refresh_every` it looks again every so many steps, at the step limit, and whenever it claims
+    convergence, and goes on if the claim does not hold. A look is an ordinary turn of the one loop: a `cond` inside the
+    step would run on every step of every lane under vmap, and a second loop would double what is compiled.
     """
-    every = limits.refresh_every or limits.max_steps
 
     def unfinished(c: Carry) -> jax.Array:
-        return (c.status == RUNNING) & (c.step < limits.max_steps)
+        more = c.step < limits.max_steps
+        return (c.status == RUNNING) & (more if c.look is None else more | c.look)
 
-    def loop(c: Carry) -> Carry:
-        end = c.step + every
-        return jax.lax.while_loop(
-            lambda c: unfinished(c) & (c.step < end),
-            lambda c: _chunk(solver, c, problem, limits, unrolled=False),
-            c,
-        )
-
-    if solver.refresh is None:
-        return loop(carry)
-    return jax.lax.while_loop(unfinished, lambda c: _refresh(solver, loop(c), problem, limits), carry)
+    return jax.lax.while_loop(unfinished, lambda c: _chunk(solver, c, problem, limits, unrolled=False), carry)
 
 
 def run_unrolled(solver: Any, carry: Carry, problem: Any, limits: Limits, checkpoint_every: int | None) -> Carry:
@@ -98,12 +101,15 @@ def run_unrolled(solver: Any, carry: Carry, problem: Any, limits: Limits, checkp
     Finished steps compute on the starting point and are thrown away, so that neither they nor their derivatives divide
     by a residual that has become zero.
     """
+    trusting = limits._replace(refresh_every=None)
+    if solver.refresh is not None:
+        carry = _chunk(solver, carry, problem, trusting, unrolled=True)
     first = carry
 
     def step(c: Carry, _: None) -> tuple[Carry, None]:
         active = c.status == RUNNING
         safe = c._replace(x=trees.where(active, c.x, first.x), state=trees.where(active, c.state, first.state))
-        return trees.where(active, _chunk(solver, safe, problem, limits, unrolled=True), c), None
+        return trees.where(active, _chunk(solver, safe, problem, trusting, unrolled=True), c), None
 
     chunks = -(-limits.max_steps // limits.check_every)
     if not checkpoint_every:
@@ -117,7 +123,11 @@ def run_unrolled(solver: Any, carry: Carry, problem: Any, limits: Limits, checkp
 
         carry, _ = jax.lax.scan(segment, carry, None, length=whole)
         carry, _ = jax.lax.scan(step, carry, None, length=rest)
-    return carry if solver.refresh is None else _refresh(solver, carry, problem, limits)
+    if limits.refresh_every is None or limits.max_steps == 0:
+        return carry
+    looked = _chunk(solver, carry._replace(look=jnp.bool_(True)), problem, trusting, unrolled=True)
+    claimed = (carry.status == RUNNING) | (carry.status == Status.converged)
+    return trees.where(claimed, looked._replace(look=carry.look), carry)
 
 
 def finish(carry: Carry, limits: Limits) -> Carry:
@@ -128,7 +138,7 @@ def finish(carry: Carry, limits: Limits) -> Carry:
 
 
 def _chunk(solver: Any, c: Carry, problem: Any, limits: Limits, *, unrolled: bool) -> Carry:
-    """Up to `check_every` steps and one judgement. A non-finite residual gives back the x and state before them."""
+    """Up to `check_every` steps and one judgement. A non-finite residual gives back the x before them."""
 
     def once(_: Any, pair: tuple) -> tuple:
         return solver.step(solver.hyper, *pair, problem)
@@ -136,43 +146,49 @@ def _chunk(solver: Any, c: Carry, problem: Any, limits: Limits, *, unrolled: boo
     def masked(pair: tuple, i: jax.Array) -> tuple[tuple, None]:
         return trees.where(i < steps, once(i, pair), pair), None
 
-    # The last chunk is cut short, so that the step limit is exact.
-    steps = jnp.minimum(limits.check_every, limits.max_steps - c.step)
+    # The last chunk is cut short, so that the step limit is exact; a look is a chunk of its own and counts nothing.
+    steps = counted = jnp.int32(1)
+    if limits.check_every > 1:
+        steps = counted = jnp.minimum(limits.check_every, limits.max_steps - c.step)
+    state = c.state
+    if c.look is not None:
+        steps, counted = jnp.where(c.look, 1, steps), jnp.where(c.look, 0, counted)
+        state = solver.refresh(solver.hyper, state, c.look)
     if limits.check_every == 1:
-        x, state = once(0, (c.x, c.state))
+        x, state = once(0, (c.x, state))
     elif unrolled:  # reverse mode needs a fixed trip count
-        (x, state), _ = jax.lax.scan(masked, (c.x, c.state), jnp.arange(limits.check_every, dtype=jnp.int32))
+        (x, state), _ = jax.lax.scan(masked, (c.x, state), jnp.arange(limits.check_every, dtype=jnp.int32))
     else:
-        x, state = jax.lax.fori_loop(0, steps, once, (c.x, c.state))
+        x, state = jax.lax.fori_loop(0, steps, once, (c.x, state))
     m = solver.measure(solver.hyper, x, state, problem)
     bad = ~jnp.isfinite(m.residual)
-    improved = m.residual < c.best
-    waited = jnp.where(improved, 0, c.waited + 1)
+    waited = jnp.where(m.residual < c.best, 0, c.waited + 1)
     rounding = m.residual <= _ROUNDINGS * precision.attainable(m.residual) * m.scale
     status = _judge(m, limits)
     status = jnp.where((status == RUNNING) & rounding & (waited >= _PATIENCE), jnp.int32(Status.stagnated), status)
-    c = Carry(
+    step, look = c.step + counted, c.look
+    if c.look is not None:
+        look = jnp.zeros_like(c.look)
+    if limits.refresh_every is not None:
+        claimed = (status == Status.converged) & ~c.look
+        status = jnp.where(claimed, jnp.int32(RUNNING), status)
+        look = ~c.look & (claimed | (step % limits.refresh_every < counted) | (step >= limits.max_steps))
+    turned = Carry(
         x=trees.where(bad, c.x, x),
-        state=trees.where(bad, c.state, state),
-        step=c.step + steps,
+        # Only `finish` looks at the state after the end.
+        state=state if solver.finish is None else trees.where(bad, c.state, state),
+        step=step,
         residual=m.residual,
         status=status,
         best=jnp.minimum(c.best, m.residual),
         waited=waited,
         history=c.history,
         checks=c.checks,
+        look=look,
     )
-    progress.report(limits.hook, c.step, limits.max_steps, c.residual, jnp.bool_(False))
-    return _record(c)
-
-
-def _refresh(solver: Any, c: Carry, problem: Any, limits: Limits) -> Carry:
-    state = solver.refresh(solver.hyper, c.x, c.state, problem)
-    m = solver.measure(solver.hyper, c.x, state, problem)
-    claimed = (c.status == RUNNING) | (c.status == Status.converged)
-    status = jnp.where(claimed, _judge(m, limits), c.status)
-    residual = jnp.where(claimed, m.residual, c.residual)
-    return c._replace(state=trees.where(claimed, state, c.state), status=status, residual=residual)
+    progress.report(limits.hook, step, limits.max_steps, m.residual, jnp.bool_(False))
+    # A later look corrects a residual that is recorded already.
+    return _record(turned, None if c.look is None else ~c.look | (step == 0))
 
 
 def _judge(m: Measure, limits: Limits) -> jax.Array:
@@ -184,7 +200,9 @@ def _judge(m: Measure, limits: Limits) -> jax.Array:
     return jnp.where(flag == Status.infeasible, jnp.int32(Status.infeasible), status)
 
 
-def _record(c: Carry) -> Carry:
+def _record(c: Carry, new: jax.Array | None = None) -> Carry:
+    """Write the residual as the next entry of the history, or over the last one where it is not `new`."""
     if c.history is None:
         return c
-    return c._replace(history=c.history.at[c.checks].set(c.residual.astype(c.history.dtype)), checks=c.checks + 1)
+    at = c.checks if new is None else jnp.where(new, c.checks, c.checks - 1)
+    return c._replace(history=c.history.at[at].set(c.residual.astype(c.history.dtype)), checks=at + 1)

@@ -92,8 +92,10 @@ class Solver:
       problem: the problem class the method solves.
       hyper: pytree of arrays: damping, keys, inner solvers. Leaves: traced, batched, never a reason to retrace.
       finish: `(hyper, x, state, problem) -> x`, or None: what is returned instead of the iterate.
-      refresh: `(hyper, x, state, problem) -> state`, or None: recompute what recurrences drift from; asked for before
-        convergence is declared.
+      refresh: `(hyper, state, due) -> state`, or None: where `due`, have the next step leave x where it is and
+        recompute from it all that the state caches. `init` then need not evaluate anything, because the driver begins
+        with such a look, which shares its code with the steps; with `Defaults.refresh_every` it repeats it, always
+        before convergence is declared, for recurrences that drift.
       defaults: tolerances and limits of this method.
     """
 
@@ -271,11 +273,12 @@ def raise_unless_converged(name: str, solution: Solution) -> None:
 @partial(jax.jit, static_argnames=("options",))
 def _solve(options: _Options, phases: tuple[Phase, ...], x0: PyTree, tolerances: tuple, problem: Any) -> Solution:
     if options.adjoint == "unrolled":
-        return _run(options, phases, x0, tolerances, problem)
+        solution = _run(options, phases, x0, tolerances, problem)
+        return solution._replace(x=problem.canonical(solution.x))
     frozen = jax.lax.stop_gradient((phases, x0, tolerances, problem))
     solution = _run(options, *frozen)
     if options.adjoint == "none":
-        return solution
+        return solution._replace(x=frozen[-1].canonical(solution.x))
     # The gauge is fixed outside the implicit rule: inside it, the projector alone gives wrong gradients.
     return solution._replace(x=problem.canonical(adjoints.implicit(problem, solution.x)))
 

@@ -55,6 +55,11 @@ def add_scaled(a: PyTree, scale: jax.Array, b: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: x + scale.astype(x.dtype) * y, a, b)
 
 
+def combine(s: jax.Array, a: PyTree, t: jax.Array, b: PyTree) -> PyTree:
+    """Leafwise s a + t b in the dtype of a's leaves."""
+    return jax.tree.map(lambda x, y: s.astype(x.dtype) * x + t.astype(x.dtype) * y, a, b)
+
+
 def scaled(scale: jax.Array, a: PyTree) -> PyTree:
     """Leafwise scale a in each leaf's own dtype."""
     return jax.tree.map(lambda x: scale.astype(x.dtype) * x, a)

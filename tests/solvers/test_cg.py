@@ -9,6 +9,7 @@ import scipy.sparse.linalg as spla
 
 import jaxnum
 from jaxnum import Linear, Status
+from jaxnum.core.loops import begin
 from jaxnum.solvers import cg
 from tests.tolerances import tolerance
 
@@ -21,7 +22,7 @@ def spd(n, kappa, seed=0):
 
 def iterates(solver, problem, steps):
     x = jnp.zeros_like(problem.b)
-    state = solver.init(solver.hyper, x, problem)
+    state = begin(solver, x, problem)
 
     def body(pair, _):
         pair = solver.step(solver.hyper, *pair, problem)
@@ -82,7 +83,12 @@ def test_flexible_survives_a_preconditioner_that_varies(x64):
     steps = {}
     for flexible in (None, 1, 2):
         solution = jaxnum.linear_solve(
-            lambda v: d * v, b, preconditioner=varying, solver=cg(flexible=flexible), rtol=1e-8, max_steps=20_000,
+            lambda v: d * v,
+            b,
+            preconditioner=varying,
+            solver=cg(flexible=flexible),
+            rtol=1e-8,
+            max_steps=20_000,
             on_failure="return",
         )
         steps[flexible] = int(solution.steps) if int(solution.status) == Status.converged else 20_000

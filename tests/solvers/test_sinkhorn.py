@@ -101,7 +101,7 @@ def test_start_limits_history_and_phases(x64):
     g = jnp.zeros_like(b)
     f = 0.05 * (jnp.log(a) - Transport(C, a, b, 0.05).cost.lse_rows(g, 0.05))
     assert jaxnum.transport(C, a, b, 0.05, x0=(f, g), max_steps=0, on_failure="return").status == Status.max_steps
-    solution = jaxnum.transport(C, a, b, 0.05, max_steps=200, history=True)
+    solution = jaxnum.transport(C, a, b, 0.05, max_steps=200, check_every=10, history=True)
     history = np.asarray(solution.history)
     assert history.shape == (21,)
     assert history[int(solution.steps) // 10] == solution.residual

@@ -21,7 +21,18 @@ PyTree = Any
 
 
 class CGState(NamedTuple):
-    """Residual r, next direction p, r.z, ||r||, ||b||, a flag, and how many refreshes in a row found r meaningless."""
+    """What the next step starts from.
+
+    Attributes:
+      r: residual.
+      p: next direction.
+      rz: r.z, z the preconditioned residual.
+      residual: ||r||.
+      scale: ||b||.
+      flag: a Status found on the way, else 0.
+      drifted: how many looks in a row found r meaningless.
+      look: whether the next step recomputes r from x and leaves x alone.
+    """
 
     r: PyTree
     p: PyTree
@@ -30,6 +41,7 @@ class CGState(NamedTuple):
     scale: jax.Array
     flag: jax.Array
     drifted: jax.Array
+    look: jax.Array
 
 
 class FlexibleCGState(NamedTuple):
@@ -108,13 +120,9 @@ _DEFAULTS = Defaults(refresh_every=50)
 def _init(hyper: None, x: PyTree, problem: Linear) -> CGState:
     scale = trees.norm(problem.b)
     flag = jnp.where(_asymmetric(problem.A), jnp.int32(Status.breakdown), jnp.int32(0))
-    r, z, rz, residual = _residual(x, problem)
-    return CGState(r, z, rz, residual, scale, flag, jnp.int32(0))
-
-
-def _residual(x: PyTree, problem: Linear) -> tuple[PyTree, PyTree, jax.Array, jax.Array]:
-    r = problem.project(trees.sub(problem.b, problem.matvec(x)))
-    return (r, *_precondition(r, problem))
+    zero, still = jnp.zeros_like(scale), jax.tree.map(jnp.zeros_like, problem.b)
+    # The first look finds that r = 0 is meaningless, which is no sign of drift.
+    return CGState(still, still, zero, zero, scale, flag, jnp.int32(-1), jnp.bool_(True))
 
 
 def _precondition(r: PyTree, problem: Linear) -> tuple[PyTree, jax.Array, jax.Array]:
@@ -135,15 +143,17 @@ def _asymmetric(A: Any) -> jax.Array:
 
 
 def _advance(
-    x: PyTree, p: PyTree, r: PyTree, rp: jax.Array, problem: Linear
+    x: PyTree, p: PyTree, state: CGState, rp: jax.Array, problem: Linear
 ) -> tuple[PyTree, PyTree, PyTree, jax.Array]:
-    """One exact line search along p: the new x and r, q = A p, and p.q."""
-    q = problem.project(problem.matvec(p))
-    pq = trees.vdot(p, q)
+    """One exact line search along p: the new x and r, q = A p, and p.q. On a look: x as it is, r = b - A x."""
+    look = state.look
+    q = problem.matvec(trees.where(look, x, p))
+    pq = jnp.where(look, 1, trees.vdot(p, q))
     # NaN passes on purpose: it ends in the residual, and the driver sees it.
     flat = pq <= 0
-    alpha = jnp.where(flat, 0, rp / jnp.where(flat, 1, pq))
-    return trees.add_scaled(x, alpha, p), trees.add_scaled(r, -alpha, q), q, pq
+    alpha = jnp.where(look | flat, 0, rp / jnp.where(flat, 1, pq))
+    r = problem.project(trees.add_scaled(trees.where(look, problem.b, state.r), -jnp.where(look, 1, alpha), q))
+    return trees.add_scaled(x, alpha, p), r, q, pq
 
 
 def _broken(pq: jax.Array, rz: jax.Array, residual: jax.Array, flag: jax.Array) -> jax.Array:
@@ -151,35 +161,40 @@ def _broken(pq: jax.Array, rz: jax.Array, residual: jax.Array, flag: jax.Array) 
     return jnp.where(bad, jnp.int32(Status.breakdown), flag)
 
 
-def _zero_if_b_is(x: PyTree, r: PyTree, residual: jax.Array, scale: jax.Array) -> tuple[PyTree, PyTree, jax.Array]:
+def _judge(
+    x: PyTree, r: PyTree, pq: jax.Array, rz: jax.Array, residual: jax.Array, state: CGState
+) -> tuple[PyTree, jax.Array, CGState]:
+    """The x and the state of the next step, p still to be set, and whether the directions are stale."""
+    look = state.look
+    # Where r has little to do with the residual of x, the directions made from it are stale too.
+    lost = look & (residual > 0) & (state.residual <= 0.5 * residual)
+    drifted = jnp.where(look, jnp.where(lost, state.drifted + 1, 0), state.drifted)
+    bad = (pq <= 0) | ((rz <= 0) & (residual > 0))
+    flag = jnp.where(bad, jnp.int32(Status.breakdown), state.flag)
+    flag = jnp.where(drifted >= 2, jnp.maximum(flag, jnp.int32(Status.stagnated)), flag)
     # For b = 0 no residual above zero is small relative to ||b||, but the answer is known.
-    null = scale == 0
-    x, r = jax.tree.map(lambda leaf: jnp.where(null, 0, leaf), (x, r))
-    return x, r, jnp.where(null, 0, residual)
+    null = (state.scale == 0) & ~look
+    x = jax.tree.map(lambda leaf: jnp.where(null, 0, leaf), x)
+    residual = jnp.where(null, 0, residual)
+    return x, lost, CGState(r, state.p, rz, residual, state.scale, flag, drifted, jnp.zeros_like(look))
 
 
 def _step(hyper: None, x: PyTree, state: CGState, problem: Linear) -> tuple[PyTree, CGState]:
-    x, r, _, pq = _advance(x, state.p, state.r, state.rz, problem)
+    x, r, _, pq = _advance(x, state.p, state, state.rz, problem)
     z, rz, residual = _precondition(r, problem)
-    flag = _broken(pq, rz, residual, state.flag)
-    beta = rz / jnp.where(state.rz == 0, 1, state.rz)
-    p = trees.add_scaled(z, beta, state.p)
-    x, r, residual = _zero_if_b_is(x, r, residual, state.scale)
-    return x, CGState(r, p, rz, residual, state.scale, flag, state.drifted)
+    x, lost, new = _judge(x, r, pq, rz, residual, state)
+    kept = state.look & ~lost
+    beta = jnp.where(state.look, 0, rz / jnp.where(state.rz == 0, 1, state.rz))
+    p = trees.combine(jnp.where(kept, 0, jnp.ones_like(beta)), z, jnp.where(kept, 1, beta), state.p)
+    return x, new._replace(p=p)
 
 
 def _measure(hyper: Any, x: PyTree, state: CGState, problem: Linear) -> Measure:
     return Measure(state.residual, state.scale, state.flag)
 
 
-def _refresh(hyper: Any, x: PyTree, state: CGState, problem: Linear) -> CGState:
-    """The residual from x itself. Where it has little to do with the recurrence's, directions are stale too."""
-    r, z, rz, residual = _residual(x, problem)
-    drift = trees.norm(trees.sub(r, state.r)) >= 0.5 * residual
-    lost = drift & (residual > 0)
-    drifted = jnp.where(lost, state.drifted + 1, 0)
-    flag = jnp.where(drifted >= 2, jnp.maximum(state.flag, jnp.int32(Status.stagnated)), state.flag)
-    return CGState(r, trees.where(lost, z, state.p), rz, residual, state.scale, flag, drifted)
+def _refresh(hyper: None, state: CGState, due: jax.Array) -> CGState:
+    return state._replace(look=due)
 
 
 def _flexible_init(hyper: jax.Array, x: PyTree, problem: Linear) -> FlexibleCGState:
@@ -204,22 +219,22 @@ def _flexible_step(
         base.p,
         state.directions,
     )
-    x, r, q, pq = _advance(x, p, base.r, trees.vdot(p, base.r), problem)
+    x, r, q, pq = _advance(x, p, base, trees.vdot(p, base.r), problem)
+    q = problem.project(q)
     z, rz, residual = _precondition(r, problem)
-    flag = _broken(pq, rz, residual, base.flag)
-    x, r, residual = _zero_if_b_is(x, r, residual, base.scale)
-    here = jnp.arange(m, dtype=jnp.int32) == slot
+    x, _, new = _judge(x, r, pq, rz, residual, base)
+    here = (jnp.arange(m, dtype=jnp.int32) == slot) & ~base.look
 
     def put(ring: jax.Array, new: jax.Array) -> jax.Array:
         # A choice, not a scatter: scatters refuse explicitly sharded operands.
         return jnp.where(here.reshape((m,) + (1,) * (ring.ndim - 1)), new, ring)
 
     return x, FlexibleCGState(
-        base=CGState(r, z, rz, residual, base.scale, flag, base.drifted),
+        base=new._replace(p=z),
         directions=jax.tree.map(put, state.directions, p),
         images=jax.tree.map(put, state.images, q),
         curvatures=put(state.curvatures, jnp.where(pq > 0, pq, 1)),
-        count=state.count + 1,
+        count=state.count + jnp.where(base.look, 0, 1),
     )
 
 
@@ -227,7 +242,5 @@ def _flexible_measure(hyper: Any, x: PyTree, state: FlexibleCGState, problem: Li
     return _measure(None, x, state.base, problem)
 
 
-def _flexible_refresh(hyper: Any, x: PyTree, state: FlexibleCGState, problem: Linear) -> FlexibleCGState:
-    base = _refresh(None, x, state.base, problem)
-    # The base's p is z here, and z always follows r.
-    return state._replace(base=base._replace(p=problem.project(problem.preconditioned(base.r))))
+def _flexible_refresh(hyper: Any, state: FlexibleCGState, due: jax.Array) -> FlexibleCGState:
+    return state._replace(base=_refresh(None, state.base, due))

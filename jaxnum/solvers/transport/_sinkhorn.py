@@ -6,7 +6,7 @@ Source: Cuturi 2013; unbalanced: Chizat et al. 2018; epsilon scaling: Schmitzer 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +21,31 @@ Pair = tuple[jax.Array, jax.Array]
 
 
 class SinkhornState(NamedTuple):
-    """Row and column log-sum-exps at x, the current epsilon and where it began, steps, whether x is judged, a flag."""
+    """What the next step starts from.
+
+    Attributes:
+      rows: row log-sum-exps at g.
+      cols: column log-sum-exps at f.
+      flag: a Status found before the first step, else 0.
+      look: whether the next step evaluates the log-sum-exps at x and leaves x alone.
+      stage: where epsilon stands; None without epsilon scaling.
+    """
 
     rows: jax.Array
     cols: jax.Array
+    flag: jax.Array
+    look: jax.Array
+    stage: SinkhornStage | None
+
+
+class SinkhornStage(NamedTuple):
+    """Epsilon scaling: the current epsilon, where it began, steps, whether x is judged, whether `rows` are of use."""
+
     epsilon: jax.Array
     first: jax.Array
     count: jax.Array
     judged: jax.Array
-    flag: jax.Array
+    fresh: jax.Array
 
 
 class SinkhornHyper(NamedTuple):
@@ -68,8 +84,8 @@ def sinkhorn(
     Raises:
       ValueError: epsilon_scaling outside (0, 1), stage_sweeps below 1, momentum outside (0, 2).
 
-    Cost: two passes over the cost a step. Steps grow like 1 / epsilon; rtol is 1e-6 (float64) or 1e-4, looked at every
-      10 steps; 10,000 steps are enough for epsilon = 1e-3 max C on typical clouds and end a hopeless run in seconds.
+    Cost: two passes over the cost a step. Steps grow like 1 / epsilon; rtol is 1e-6 (float64) or 1e-4;
+      10,000 steps are enough for epsilon = 1e-3 max C on typical clouds and end a hopeless run in seconds.
 
     Numerics: the marginal error attainable is about eps max |f| / epsilon: float32 reaches 1e-6 at best, 1e-4 at
       epsilon = 1e-3 max C.
@@ -103,56 +119,76 @@ def sinkhorn(
         init=_init,
         step=_step,
         measure=_measure,
-        finish=_finish,
+        refresh=_refresh,
         problem=Transport,
         hyper=hyper,
-        defaults=Defaults(rtol=ByPrecision(1e-6, 1e-4), max_steps=10_000, check_every=10),
+        defaults=Defaults(rtol=ByPrecision(1e-6, 1e-4), max_steps=10_000),
     )
 
 
 def _init(hyper: SinkhornHyper, x: Pair, problem: Transport) -> SinkhornState:
-    target = problem.scalars[0]
-    u, v = problem.log_scalings(x)
-    cols = problem.cost.lse_cols(u, target)
-    rows = problem.cost.lse_rows(v, target)
-    judged = jnp.bool_(True)
-    state = SinkhornState(rows, cols, target, target, jnp.int32(0), judged, _infeasible(problem))
-    if hyper.decay is None:
-        return state
-    error = _measure(hyper, x, state, problem).residual
-    warm = error <= 0.1 * jnp.where(problem.balanced, jnp.sum(problem.a) + jnp.sum(problem.b), 1)
-    first = jnp.where(warm, target, jnp.maximum(problem.cost.largest().astype(target.dtype), target))
-    # A start is judged at the target epsilon; the first step needs the rows at its own.
-    _, v = problem.log_scalings(x, first)
-    rows = jnp.where(warm, rows, problem.cost.lse_rows(v, first))
-    return state._replace(rows=rows, epsilon=first, first=first, judged=warm)
+    target, yes = problem.scalars[0], jnp.bool_(True)
+    rows, cols = (jnp.zeros_like(w, problem.dtype) for w in (problem.a, problem.b))
+    stage = None if hyper.decay is None else SinkhornStage(target, target, jnp.int32(0), yes, yes)
+    return SinkhornState(rows, cols, _infeasible(problem), yes, stage)
 
 
 def _infeasible(problem: Transport) -> jax.Array:
     a, b = problem.a.astype(problem.dtype), problem.b.astype(problem.dtype)
     epsilon, tau_a, tau_b = problem.scalars
-    mass_a, mass_b = jnp.sum(a), jnp.sum(b)
+    # The mass is NaN where a weight is negative or NaN.
+    mass_a, mass_b = (jnp.sum(jnp.where(w >= 0, w, jnp.nan)) for w in (a, b))
     # Normalised weights sum to 1 up to the rounding of each of them, so the slack is that of their own dtype.
     rounding = precision.attainable(problem.a) * 4 * (a.size + b.size) ** 0.5
-    good = jnp.all(a >= 0) & jnp.all(b >= 0) & jnp.isfinite(mass_a) & jnp.isfinite(mass_b)
-    good &= (mass_a > 0) & (mass_b > 0) & (~problem.balanced | (jnp.abs(mass_a - mass_b) <= rounding * mass_a))
+    good = (mass_a > 0) & (mass_b > 0) & jnp.isfinite(mass_a) & jnp.isfinite(mass_b)
+    good &= ~problem.balanced | (jnp.abs(mass_a - mass_b) <= rounding * mass_a)
     good &= (epsilon > 0) & (tau_a > 0) & (tau_a <= 1) & (tau_b > 0) & (tau_b <= 1)
     return jnp.where(good, jnp.int32(0), jnp.int32(Status.infeasible))
 
 
 def _step(hyper: SinkhornHyper, x: Pair, state: SinkhornState, problem: Transport) -> tuple[Pair, SinkhornState]:
     target, tau_a, tau_b = problem.scalars
-    now, count, after = state.epsilon, state.count + 1, target
-    if hyper.decay is not None and hyper.sweeps is not None:
-        stage = (count // hyper.sweeps).astype(target.dtype)
-        after = jnp.maximum(state.first * hyper.decay.astype(target.dtype) ** stage, target)
+    look, stage = state.look, state.stage
+    now, after = (target, target) if stage is None else (stage.epsilon, _next_epsilon(hyper, stage, look, target))
+    still = look if stage is None else look | ~stage.fresh
     f, g = x
-    f = _update(f, state.rows, problem.a, tau_a, now, hyper.momentum)
-    cols = problem.cost.lse_cols(problem.log_scalings((f, g), now)[0], now)
-    g = _update(g, cols, problem.b, tau_b, now, hyper.momentum)
-    rows = problem.cost.lse_rows(problem.log_scalings((f, g), after)[1], after)
-    judged = (now <= target) & (after <= target)
-    return (f, g), SinkhornState(rows, cols, after, state.first, count, judged, state.flag)
+    f = jnp.where(still, f, _update(f, state.rows, problem.a, tau_a, now, hyper.momentum))
+    cols = _held(problem.cost.lse_cols(problem.log_scalings((f, g), now)[0], now), problem.b)
+    g = jnp.where(look, g, _update(g, cols, problem.b, tau_b, now, hyper.momentum))
+    rows = _held(problem.cost.lse_rows(problem.log_scalings((f, g), after)[1], after), problem.a)
+    new = SinkhornState(rows, cols, state.flag, jnp.zeros_like(look), stage)
+    return (f, g), new if stage is None else new._replace(stage=_next_stage(hyper, (f, g), new, look, after, problem))
+
+
+def _held(lse: jax.Array, weights: jax.Array) -> jax.Array:
+    # No use is made of the others; the choice gives the result the sharding of the weights.
+    return jnp.where(weights > 0, lse, 0)
+
+
+def _next_epsilon(hyper: SinkhornHyper, stage: SinkhornStage, look: jax.Array, target: jax.Array) -> jax.Array:
+    number = ((stage.count + 1) // hyper.sweeps).astype(target.dtype)
+    return jnp.where(look, target, jnp.maximum(stage.first * hyper.decay.astype(target.dtype) ** number, target))
+
+
+def _next_stage(
+    hyper: SinkhornHyper, x: Pair, state: SinkhornState, look: jax.Array, after: jax.Array, problem: Transport
+) -> SinkhornStage:
+    target, stage = problem.scalars[0], state.stage
+    # A start is judged at the target epsilon. Rows at the target are of no use at the epsilon a cold start gets.
+    error = _marginal_error(x, state, problem)
+    warm = error <= 0.1 * jnp.where(problem.balanced, jnp.sum(problem.a) + jnp.sum(problem.b), 1)
+    begin = jnp.where(warm, target, jnp.maximum(problem.cost.largest().astype(target.dtype), target))
+    return SinkhornStage(
+        epsilon=jnp.where(look, begin, after),
+        first=jnp.where(look, begin, stage.first),
+        count=stage.count + jnp.where(look, 0, 1),
+        judged=jnp.where(look, warm, (stage.epsilon <= target) & (after <= target)),
+        fresh=~look | warm,
+    )
+
+
+def _refresh(hyper: SinkhornHyper, state: SinkhornState, due: jax.Array) -> SinkhornState:
+    return state._replace(look=due)
 
 
 def _update(
@@ -166,26 +202,29 @@ def _update(
     return jnp.where(held, new, -jnp.inf).astype(old.dtype)
 
 
-def _measure(hyper: Any, x: Pair, state: SinkhornState, problem: Transport) -> Measure:
+def _measure(hyper: SinkhornHyper, x: Pair, state: SinkhornState, problem: Transport) -> Measure:
+    residual = _marginal_error(x, state, problem)
+    one = jnp.ones((), residual.dtype)
+    if state.stage is None:
+        return Measure(residual, one, state.flag)
+    # Potentials of another epsilon may well overflow at the target; NaN means what it says.
+    waiting = jnp.where(jnp.isnan(residual), residual, jnp.finfo(residual.dtype).max)
+    return Measure(jnp.where(state.stage.judged, residual, waiting), one, state.flag)
+
+
+def _marginal_error(x: Pair, state: SinkhornState, problem: Transport) -> jax.Array:
     _, tau_a, tau_b = problem.scalars
     u, v = problem.log_scalings(x)
     wrong_a, next_a = _errors(u, state.rows, problem.a, tau_a)
     wrong_b, next_b = _errors(v, state.cols, problem.b, tau_b)
-    residual = jnp.where(problem.balanced, wrong_a + wrong_b, jnp.maximum(next_a, next_b))
-    waiting = jnp.where(jnp.isfinite(residual), jnp.finfo(residual.dtype).max, residual)
-    return Measure(jnp.where(state.judged, residual, waiting), jnp.ones((), residual.dtype), state.flag)
-
-
-def _finish(hyper: Any, x: Pair, state: SinkhornState, problem: Transport) -> Pair:
-    # Every adjoint then returns the same potentials, not only the implicit one.
-    return problem.canonical(x)
+    return jnp.where(problem.balanced, wrong_a + wrong_b, jnp.maximum(next_a, next_b))
 
 
 def _errors(u: jax.Array, lse: jax.Array, weights: jax.Array, tau: jax.Array) -> tuple[jax.Array, jax.Array]:
     """L1 error of a marginal, and the sup-norm of the next change of its log scaling."""
     held = weights > 0
-    weights = jnp.where(held, weights, 1).astype(lse.dtype)
     u = jnp.where(held, u, 0)
-    wrong = jnp.where(held, jnp.abs(jnp.exp(u + lse) - weights), 0)
-    change = jnp.where(held, jnp.abs(tau * (jnp.log(weights) - lse) - u), 0)
+    wrong = jnp.where(held, jnp.abs(jnp.exp(u + lse) - weights.astype(lse.dtype)), 0)
+    logs = jnp.log(jnp.where(held, weights, 1)).astype(lse.dtype)
+    change = jnp.where(held, jnp.abs(tau * (logs - lse) - u), 0)
     return jnp.sum(wrong), jnp.max(change)
