@@ -160,4 +160,5 @@ def _restart_finish(hyper: _RestartHyper, x: PyTree, state: RestartState, proble
 
 
 def _restart_refresh(hyper: _RestartHyper, state: RestartState, due: jax.Array) -> RestartState:
-    return state._replace(inner=hyper.solver.refresh(hyper.solver.hyper, state.inner, due))
+    refresh: Callable = hyper.solver.refresh  # pyright: ignore[reportAssignmentType]  # used only where there is one
+    return state._replace(inner=refresh(hyper.solver.hyper, state.inner, due))

@@ -169,7 +169,7 @@ def _chunk(solver: Any, c: Carry, problem: Any, limits: Limits, *, unrolled: boo
     step, look = c.step + counted, c.look
     if c.look is not None:
         look = jnp.zeros_like(c.look)
-    if limits.refresh_every is not None:
+    if c.look is not None and limits.refresh_every is not None:
         claimed = (status == Status.converged) & ~c.look
         status = jnp.where(claimed, jnp.int32(RUNNING), status)
         look = ~c.look & (claimed | (step % limits.refresh_every < counted) | (step >= limits.max_steps))

@@ -166,14 +166,17 @@ def _held(lse: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _next_epsilon(hyper: SinkhornHyper, stage: SinkhornStage, look: jax.Array, target: jax.Array) -> jax.Array:
-    number = ((stage.count + 1) // hyper.sweeps).astype(target.dtype)
-    return jnp.where(look, target, jnp.maximum(stage.first * hyper.decay.astype(target.dtype) ** number, target))
+    decay: jax.Array = hyper.decay  # pyright: ignore[reportAssignmentType]  # both are there where stages are
+    sweeps: jax.Array = hyper.sweeps  # pyright: ignore[reportAssignmentType]
+    number = ((stage.count + 1) // sweeps).astype(target.dtype)
+    return jnp.where(look, target, jnp.maximum(stage.first * decay.astype(target.dtype) ** number, target))
 
 
 def _next_stage(
     hyper: SinkhornHyper, x: Pair, state: SinkhornState, look: jax.Array, after: jax.Array, problem: Transport
 ) -> SinkhornStage:
-    target, stage = problem.scalars[0], state.stage
+    target = problem.scalars[0]
+    stage: SinkhornStage = state.stage  # pyright: ignore[reportAssignmentType]  # called only where there is one
     # A start is judged at the target epsilon. Rows at the target are of no use at the epsilon a cold start gets.
     error = _marginal_error(x, state, problem)
     warm = error <= 0.1 * jnp.where(problem.balanced, jnp.sum(problem.a) + jnp.sum(problem.b), 1)
