@@ -96,6 +96,8 @@ EXEMPT = {
     "then": "a combinator: it adds no arithmetic of its own",
     "restarted": "a combinator: it adds no arithmetic of its own",
     "warm_started": "a combinator: it adds no arithmetic of its own",
+    "hutchinson": "one Hessian-vector product of the user's loss, which costs what the loss costs",
+    "gauss_newton_bartlett": "one gradient of the user's model, which costs what the model costs",
     "strict": "a check at trace time: it leaves no trace in the compiled update",
 }
 
@@ -143,9 +145,9 @@ def shapes(name: str) -> Mapping[str, Params]:
 
 
 def public_methods() -> set[str]:
-    """Names of every public callable of `jaxnum.transforms`, `jaxnum.solvers` and `kernels_pallas`."""
+    """Names of every public function of the rooms."""
     names = set()
-    for package in ("jaxnum.transforms", "jaxnum.solvers", "kernels_pallas"):
+    for package in ("jaxnum.transforms", "jaxnum.solvers", "jaxnum.curvature", "kernels_pallas"):
         module = importlib.import_module(package)
         listed = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
         for name in listed:
