@@ -62,22 +62,26 @@ def _implicit_jvp(primals: tuple, tangents: tuple) -> tuple[PyTree, PyTree]:
     # The recursion makes x depend on the problem inside the rule too: that is the second derivative.
     x = _implicit(problem, x)
     _, rhs = jax.jvp(lambda p: p.root(x), (problem,), (tangents[0],))
-    rhs = problem.project(jax.tree.map(jnp.negative, _instantiate(rhs)))
+    rhs = problem.project(jax.tree.map(jnp.negative, _coupled(rhs)))
     _, jacobian = jax.linearize(problem.root, x)
 
     def matvec(v: PyTree) -> PyTree:
-        return problem.project(jacobian(problem.project(v)))
+        return _coupled(problem.project(jacobian(problem.project(_coupled(v)))))
 
     solve = partial(_solve_tangent, problem=problem)
     tangent = jax.lax.custom_linear_solve(matvec, rhs, solve, transpose_solve=solve)
     return x, problem.project(tangent)
 
 
-def _instantiate(rhs: PyTree) -> PyTree:
-    # The transpose of custom_linear_solve asserts when one leaf of the right-hand side is unperturbed; a zero that
-    # depends on every leaf makes each one perturbed.
-    total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(rhs))
-    return jax.tree.map(lambda leaf: leaf + jnp.astype(0 * total, leaf.dtype), rhs)
+def _coupled(tree: PyTree) -> PyTree:
+    # The transpose of custom_linear_solve asserts when one leaf of its right-hand side is unperturbed; a zero that
+    # depends on every leaf makes each one perturbed. The right-hand sides of higher derivatives come from the linear
+    # map and its transpose, so both ends of the map are coupled too.
+    leaves = jax.tree.leaves(tree)
+    if len(leaves) == 1:
+        return tree
+    total = sum(jnp.sum(leaf) for leaf in leaves)
+    return jax.tree.map(lambda leaf: leaf + jnp.astype(0 * total, leaf.dtype), tree)
 
 
 def _solve_tangent(matvec: Matvec, rhs: PyTree, *, problem: Any) -> PyTree:
@@ -102,7 +106,7 @@ def _replicated(solve: Callable, matvec: Matvec, rhs: PyTree, problem: Any) -> P
     shardings = jax.tree.map(lambda leaf: getattr(jax.typeof(leaf), "sharding", None), rhs)
     explicit = [s is not None and any(axis is not None for axis in s.spec) for s in jax.tree.leaves(shardings)]
     if not any(explicit):
-        return solve(matvec, rhs, problem)
+        return solve(matvec, rhs, problem.project)
 
     def spread(v: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf, s: jax.sharding.reshard(leaf, s), v, shardings)
@@ -110,23 +114,26 @@ def _replicated(solve: Callable, matvec: Matvec, rhs: PyTree, problem: Any) -> P
     def gather(v: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, PartitionSpec(*[None] * leaf.ndim)), v)
 
-    return spread(solve(lambda v: gather(matvec(spread(v))), gather(rhs), problem))
+    def gathered(fn: Matvec) -> Matvec:
+        return lambda v: gather(fn(spread(v)))
+
+    return spread(solve(gathered(matvec), gather(rhs), gathered(problem.project)))
 
 
-def _dense(matvec: Matvec, rhs: PyTree, problem: Any) -> PyTree:
+def _dense(matvec: Matvec, rhs: PyTree, project: Matvec) -> PyTree:
     flat, unflatten = _ravel_real(rhs)
     basis = jnp.eye(flat.size, dtype=flat.dtype)
 
     def column(e: jax.Array) -> jax.Array:
         # P J P + (I - P) is regular where J is regular off its null space.
         v = unflatten(e)
-        return _ravel_real(trees.add(matvec(v), trees.sub(v, problem.project(v))))[0]
+        return _ravel_real(trees.add(matvec(v), trees.sub(v, project(v))))[0]
 
     # One step of refinement: LU without it loses digits that the residual test of the caller would miss.
     factors = jax.scipy.linalg.lu_factor(jax.vmap(column, out_axes=1)(basis))
     solution = jax.scipy.linalg.lu_solve(factors, flat)
     solution = solution + jax.scipy.linalg.lu_solve(factors, flat - _ravel_real(matvec(unflatten(solution)))[0])
-    return problem.project(unflatten(solution))
+    return project(unflatten(solution))
 
 
 def _ravel_real(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
@@ -149,7 +156,7 @@ def _ravel_real(tree: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]
     return flat, unflatten
 
 
-def _gmres(matvec: Matvec, rhs: PyTree, problem: Any) -> PyTree:
+def _gmres(matvec: Matvec, rhs: PyTree, project: Matvec) -> PyTree:
     rounds = _KRYLOV_STEPS // _GMRES_RESTART
     solution, _ = jax.scipy.sparse.linalg.gmres(
         matvec, rhs, tol=_tolerance(rhs), atol=0.0, restart=_GMRES_RESTART, maxiter=rounds

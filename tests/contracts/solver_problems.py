@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,27 +12,31 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxnum
-from jaxnum import FixedPoint, Linear, Status
+from jaxnum import DenseCost, FixedPoint, Linear, Status, Transport
 
 
 class Case:
-    """What the contract asks of a case; the defaults fit a solution that is isolated."""
+    """What the contract asks of a case; the defaults fit a solution that is isolated.
 
+    A case has `params(dtype, seed)`, `problem(params)` (which captures arrays where the problem takes functions),
+    `start(params)`, `reference(params)`, `failures(params)`, `poisoned(params)`, `sharded_params(dtype)` and
+    `sharded_solve(solver, params, options)`.
+    """
+
+    # What the problem multiplies a residual by.
     condition = 10.0
-    second_order = True
-    batchable = True
-    unrolled_converges = True
-    check_every = 1
 
     def observe(self, params: Any, x: Any) -> Any:
         """The part of x that is compared."""
         return x
 
     def gauge(self, params: Any, x: Any) -> Any:
+        """What a solver that takes no step returns for x."""
         return x
 
-    def detached(self, params: Any) -> Any:
-        return jax.lax.stop_gradient(params)
+    def explicit(self, params: Any) -> Any:
+        """A starting point and the problem with nothing captured, so that both can be batched as pytrees."""
+        return self.start(params), self.problem(params)
 
     def directions(self, params: Any) -> list[Any]:
         """Two directions: everything, and one leaf alone."""
@@ -61,14 +67,10 @@ class ContractionCase(Case):
 
     def problem(self, params: Any) -> FixedPoint:
         c = params["c"]  # captured, not passed
+        return FixedPoint(lambda x, M: _coupled(x, M, c), (params["M"],))
 
-        def T(x: Any, M: Any) -> Any:
-            return {"u": jnp.tanh(M @ x["u"] + c) + 0.1 * jnp.sum(x["v"]), "v": 0.5 * x["v"] + 1}
-
-        # Under vmap the problem itself is batched, so everything goes through `args` there.
-        if isinstance(c, jax.core.Tracer):
-            return FixedPoint(_captured_map, (params["M"], c))
-        return FixedPoint(T, (params["M"],))
+    def explicit(self, params: Any) -> Any:
+        return self.start(params), FixedPoint(_coupled, (params["M"], params["c"]))
 
     def start(self, params: Any) -> Any:
         return {"u": jnp.zeros_like(params["c"]), "v": jnp.zeros_like(params["c"][:2])}
@@ -106,7 +108,7 @@ class ContractionCase(Case):
         return jaxnum.solve(solver, {"u": jnp.zeros_like(c)}, FixedPoint(T), on_failure="return", **options)
 
 
-def _captured_map(x: Any, M: Any, c: Any) -> Any:
+def _coupled(x: Any, M: Any, c: Any) -> Any:
     return {"u": jnp.tanh(M @ x["u"] + c) + 0.1 * jnp.sum(x["v"]), "v": 0.5 * x["v"] + 1}
 
 
@@ -114,8 +116,6 @@ class LinearCase(Case):
     """A x = b with a function A on a tree, a captured matrix, and a block that no parameter of the test perturbs."""
 
     condition = 30.0
-    # Exact termination in a few steps leaves nothing to unroll smoothly beyond; the steps themselves are exact.
-    unrolled_converges = True
 
     def params(self, dtype: str, seed: int = 0) -> Any:
         rng = np.random.default_rng(seed)
@@ -130,16 +130,13 @@ class LinearCase(Case):
     def problem(self, params: Any) -> Linear:
         M = self.matrix(params)
         A = lambda v: {"u": M @ v["u"], "v": 2 * v["v"]}  # noqa: E731
-        b = {"u": params["b"], "v": jnp.ones((2,), params["b"].dtype)}
-        if isinstance(params["b"], jax.core.Tracer):
-            b = params["b"]
-            return Linear(M, b)
-        return Linear(A, b)
+        return Linear(A, {"u": params["b"], "v": jnp.ones((2,), params["b"].dtype)})
 
     def start(self, params: Any) -> Any:
-        if isinstance(params["b"], jax.core.Tracer):
-            return jnp.zeros_like(params["b"])
         return {"u": jnp.zeros_like(params["b"]), "v": jnp.zeros((2,), params["b"].dtype)}
+
+    def explicit(self, params: Any) -> Any:
+        return jnp.zeros_like(params["b"]), Linear(self.matrix(params), params["b"])
 
     def observe(self, params: Any, x: Any) -> Any:
         return x["u"] if isinstance(x, dict) else x
@@ -173,3 +170,81 @@ class LinearCase(Case):
         d, b = params["d"], params["b"]
         A = lambda v: d * v + 0.1 * jnp.sum(v)  # noqa: E731
         return jaxnum.solve(solver, jnp.zeros_like(b), Linear(A, b), on_failure="return", **options)
+
+
+class TransportCase(Case):
+    """Potentials in their gauge, with a point that bears no weight. Any change of the parameters keeps the masses."""
+
+    condition = 30.0
+
+    def __init__(self, tau_a: float = 1.0, tau_b: float = 1.0):
+        self.tau = (tau_a, tau_b)
+
+    def params(self, dtype: str, seed: int = 0) -> Any:
+        rng = np.random.default_rng(seed)
+        shapes = {"C": (5, 4), "a": (4,), "b": (4,)}
+        params = {name: rng.uniform(size=shape) for name, shape in shapes.items()}
+        return {name: jnp.asarray(leaf, dtype) for name, leaf in (params | {"epsilon": np.zeros(())}).items()}
+
+    def problem(self, params: Any) -> Transport:
+        a = jnp.append(jax.nn.softmax(params["a"]), 0)
+        epsilon = 0.3 * jnp.exp(params["epsilon"])
+        return Transport(params["C"], a, jax.nn.softmax(params["b"]), epsilon, *self.tau)
+
+    def start(self, params: Any) -> Any:
+        return jnp.zeros_like(params["C"][:, 0]), jnp.zeros_like(params["b"])
+
+    def observe(self, params: Any, x: Any) -> Any:
+        f, g = x
+        return {"f": f[:-1], "g": g}
+
+    def gauge(self, params: Any, x: Any) -> Any:
+        return self.problem(params).canonical(x)
+
+    def reference(self, params: Any) -> Any:
+        """The scaling algorithm on the kernel exp(-C / epsilon), in NumPy."""
+        p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+        a, b = (np.exp(p[k]) / np.exp(p[k]).sum() for k in ("a", "b"))
+        epsilon = 0.3 * np.exp(p["epsilon"])
+        K = np.exp(-p["C"][:-1] / epsilon)
+        u, v = np.ones(4), np.ones(4)
+        for _ in range(2000):
+            u = (a / (K @ v)) ** self.tau[0]
+            v = (b / (K.T @ u)) ** self.tau[1]
+        f, g = epsilon * np.log(u), epsilon * np.log(v)
+        shift = (a @ f - b @ g) / 2 if self.tau == (1, 1) else 0.0
+        return {"f": f - shift, "g": g + shift}
+
+    def failures(self, params: Any) -> dict:
+        problem, x0 = self.problem(params), self.start(params)
+        C, a, b, epsilon = problem.cost.C, problem.a, problem.b, problem.epsilon
+        make = lambda C, a: Transport(C, a, b, epsilon, *self.tau)  # noqa: E731
+        negative = a.at[0].add(-1).at[1].add(1)
+        return {
+            Status.max_steps: (problem, x0, {"max_steps": 2}),
+            Status.nonfinite: (make(C.at[0, 0].set(jnp.nan), a), x0, {}),
+            Status.infeasible: (make(C, negative), x0, {}),
+            Status.stagnated: (problem, x0, {"rtol": 1e-30}),
+        }
+
+    def poisoned(self, params: Any) -> Any:
+        a = b = jnp.full((4,), 0.25)
+        cost = PoisonedCost(params["C"][:-1] + jnp.arange(4.0))
+        return Transport(cost, a, b, 0.3, *self.tau), (jnp.zeros(4), jnp.zeros(4))
+
+    def sharded_params(self, dtype: str) -> Any:
+        return {"C": jnp.asarray(np.random.default_rng(3).uniform(size=(4, 4)), dtype), "a": jnp.arange(1.0, 5) / 10}
+
+    def sharded_solve(self, solver: Any, params: Any, options: Any) -> Any:
+        a, b = params["a"], jnp.full((4,), 0.25)
+        problem = Transport(params["C"], a, b, 0.3, *self.tau)
+        return jaxnum.solve(solver, (jnp.zeros_like(a), jnp.zeros_like(b)), problem, on_failure="return", **options)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["C"], meta_fields=[])
+@dataclass(frozen=True)
+class PoisonedCost(DenseCost):
+    """NaN as soon as a potential has moved."""
+
+    def lse_rows(self, v: Any, epsilon: Any) -> Any:
+        return jnp.where(jnp.any(v != 0), jnp.nan, super().lse_rows(v, epsilon))
