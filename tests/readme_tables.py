@@ -167,8 +167,7 @@ def marked(name):
         members = [m for m in solver.SOLVERS if issubclass(type(CASES[name.name][2]), m.make().problem)]
     else:
         members = solver.SOLVERS if name.name == "solve" else []
-    marks = shown(members, SOLVER, solver.CHECKS)
-    return marks if all(m.case.second_order for m in members) else marks - {"second order"}
+    return shown(members, SOLVER, solver.CHECKS)
 
 
 def shown(members, columns, checks):
