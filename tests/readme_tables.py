@@ -152,7 +152,7 @@ def support():
             rows.append((f"`{name.call}`", *("yes" if column in marks else "" for column in COLUMNS)))
         else:
             without.append(f"`{name.call}`")
-    return table(("", *COLUMNS), rows) + f"\n\nNo contract of their own: {', '.join(without)}."
+    return table(("", *COLUMNS), rows) + f"\n\nWithout a row, since no contract is theirs alone: {', '.join(without)}."
 
 
 def marked(name):
