@@ -1,0 +1,415 @@
+"""The public call: checks, canonical form, derivative rules, dispatch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from kernels_pallas import checks, dispatch
+from kernels_pallas._attention import reference, xla
+from kernels_pallas._attention.config import BlockSizes, Config, Operands, accumulator
+
+_IMPLEMENTATIONS = (None, "reference", "xla", "tpu", "gpu")
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+    q_positions: jax.Array | None = None,
+    kv_positions: jax.Array | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+    block_sizes: BlockSizes | None = None,
+) -> Any:
+    """Exact softmax attention without the matrix of scores in memory.
+
+    With s_ij = scale q_i . k_j + bias_ij, then s <- soft_cap tanh(s / soft_cap), hidden entries -inf:
+    lse_i = log sum_j exp s_ij and o_i = sum_j exp(s_ij - lse_i) v_j. Key j is visible to query i iff pos_j <= pos_i
+    (causal), pos_i - left <= pos_j <= pos_i + right (window), their segments are equal and not negative, and the mask
+    is True. A query that sees nothing gets o = 0, lse = -inf and zero gradients (`jax.nn` and others give it the mean
+    of v).
+
+    Args:
+      q: queries [*B, T, Hq, D]; float32, bfloat16, float16, or float64 (`reference` and `xla`).
+      k: keys [*B, S, Hk, D] of the same dtype; Hk divides Hq, and query head h reads key head h // (Hq / Hk).
+      v: values [*B, S, Hk, Dv] of the same dtype.
+      bias: added to the scaled scores, [*B, Hq, T, S], floating point; each of *B, Hq, T may be 1.
+      mask: True where a query may see a key, [*B, Hq, T, S], bool; every axis may be 1. Keys and values that it hides
+        must be finite.
+      segment_ids: int [*B, T] for both sides, or a pair ([*B, T], [*B, S]); only equal ids see each other. A negative
+        id is padding: it sees nothing, is seen by nothing, and its q, k, v may hold anything, NaN included.
+      q_positions: int [T] or [*B, T]; default 0, 1, ...
+      kv_positions: int [S] or [*B, S]; default 0, 1, ...
+      causal: hide keys behind the query's position.
+      window: (left, right), how far a query sees in positions, ints >= 0; None for no limit on that side.
+      soft_cap: bound of the scores, > 0, before hiding.
+      scale: of q . k; default D ** -0.5. A traced scale is multiplied into q instead.
+      return_lse: also return the log-sum-exp; it is differentiable, which merges of partial results need.
+      implementation: None chooses by the platform the program is lowered for, "tpu" (Pallas Mosaic; its backward pass
+        is that of "xla"), "xla" (chunked, linear memory, fast on CPUs) or "reference" (dense, the specification). A
+        named one that cannot do a call raises; None always works.
+      block_sizes: of the "tpu" kernel; default by lengths and dtype.
+
+    Returns:
+      o [*B, T, Hq, Dv] in the dtype of q; with `return_lse` the pair (o, lse [*B, Hq, T] in float32, or float64 for
+      float64).
+
+    Raises:
+      ShapeError, DtypeError, ValueError: arguments that do not fit, at trace time.
+      NotImplementedError: a named implementation cannot do this call, or does not run on the platform.
+      TypeError: forward-mode differentiation through anything but "reference".
+
+    Cost: 2 T S Hq (D + Dv) flops forward, 2.5 times that backward; blocks that nobody sees cost nothing. Memory
+      O(T + S), except "reference": O(T S).
+
+    Numerics: scores, statistics and sums in float32 (float64 for float64 inputs); 16-bit weights are rounded to the
+      dtype of v before the product with v on accelerators.
+
+    Derivatives: with respect to q, k and v in reverse mode, and reverse over reverse, whose second pass is dense; all
+      modes and orders, and the derivative with respect to bias, through "reference".
+
+    Source: Dao, Fu, Ermon, Rudra & Ré, "FlashAttention" (2022), alg. 1; Dao, "FlashAttention-2" (2023), alg. 1 and 2;
+      online softmax: Milakov & Gimelshein (2018). The cotangent of lse enters delta = rowsum(do o) - dlse.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, kernels_pallas
+      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 100, 4, 32))
+      >>> o, lse = kernels_pallas.attention(q, k, v, causal=True, return_lse=True)
+      >>> o.shape, lse.shape, bool(jnp.allclose(o[:, 0], v[:, 0], atol=1e-6))
+      ((2, 100, 4, 32), (2, 4, 100), True)
+    """
+    config, operands, batch = prepare(
+        q, k, v, bias, mask, segment_ids, q_positions, kv_positions, causal, window, soft_cap, scale, block_sizes
+    )
+    checks.choice("attention", "implementation", implementation, _IMPLEMENTATIONS)
+    _check_implementation(implementation, config, operands)
+    if 0 in (operands.q.size, operands.k.size, operands.v.size):
+        o, lse = _nothing(operands)
+    elif implementation == "reference":
+        o, lse = reference.forward(config, operands)
+    else:
+        guarded = dispatch.refuse_forward_mode("attention", operands)
+        o, lse = _differentiable((implementation, config), guarded)
+    o, lse = (x.reshape(*batch, *x.shape[1:]) for x in (o, lse))
+    return (o, lse) if return_lse else o
+
+
+# --- Canonical form. --------------------------------------------------------------------------------------------------
+
+
+def prepare(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array | None,
+    segment_ids: Any,
+    q_positions: jax.Array | None,
+    kv_positions: jax.Array | None,
+    causal: bool,
+    window: Any,
+    soft_cap: float | None,
+    scale: float | None,
+    block_sizes: BlockSizes | None,
+) -> tuple[Config, Operands, tuple[int, ...]]:
+    """Check the arguments of `attention`; give the static part, the arrays with one batch axis, and the batch shape."""
+    name = "attention"
+    segments = _segment_pair(name, segment_ids, q, k)
+    checks.dtype(name, _DTYPES, q=q)
+    checks.same_dtype(name, remedy="Cast them to one dtype.", q=q, k=k, v=v)
+    remedy = "The layout is [*batch, length, heads, head dimension]."
+    sizes = checks.shape(name, remedy=remedy, q=(q, "*B T Hq D"), k=(k, "*B S Hk D"), v=(v, "*B S Hk Dv"))
+    batch, T, S, heads, k_heads = (sizes[n] for n in ("B", "T", "S", "Hq", "Hk"))
+    checks.value(
+        name,
+        "k",
+        k_heads > 0 and heads % k_heads == 0,
+        f"have a number of heads that divides those of `q`, {heads}",
+        k_heads,
+        "Query heads share key heads in equal groups.",
+        checks.ShapeError,
+    )
+    full = (*batch, heads, T, S)
+    for argument, x, free in (("bias", bias, len(full) - 1), ("mask", mask, len(full))):
+        _check_sharing(name, argument, x, full, free)
+    checks.dtype(name, "floating", bias=bias, remedy="Use `mask` for booleans.")
+    checks.dtype(name, "bool", mask=mask, remedy="Use `bias` for numbers.")
+    for argument, x, n in (("segment_ids[0]", segments[0], T), ("segment_ids[1]", segments[1], S)):
+        checks.shape(name, **{argument: (x, " ".join(map(str, (*batch, n))))})
+        checks.dtype(name, "integer", **{argument: x})
+    for argument, x, n in (("q_positions", q_positions, T), ("kv_positions", kv_positions, S)):
+        wide = x is not None and jnp.ndim(x) > 1
+        checks.shape(name, **{argument: (x, " ".join(map(str, (*batch, n) if wide else (n,))))})
+        checks.dtype(name, "integer", **{argument: x})
+    config = Config(
+        bool(causal),
+        _check_window(name, window),
+        _check_number(name, "soft_cap", soft_cap, positive=True),
+        _check_number(name, "scale", scale, positive=False) or _default_scale(scale, sizes["D"]),
+        block_sizes,
+    )
+    checks.value(
+        name,
+        "block_sizes",
+        block_sizes is None or isinstance(block_sizes, BlockSizes),
+        "be a BlockSizes",
+        type(block_sizes).__name__,
+        error=TypeError,
+    )
+    return config, _canonical(q, k, v, bias, mask, segments, q_positions, kv_positions, len(batch)), batch
+
+
+def _canonical(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: Any,
+    mask: Any,
+    segments: tuple,
+    q_positions: Any,
+    kv_positions: Any,
+    batch_axes: int,
+) -> Operands:
+    batch = q.shape[:batch_axes]
+
+    def flat(x: Any) -> Any:
+        return x.reshape(math.prod(batch), *x.shape[batch_axes:])
+
+    def shared(x: Any) -> Any:  # [*B or 1s, ...] -> [B or 1, ...]
+        if x is None:
+            return None
+        x = jnp.asarray(x)
+        if all(size == 1 for size in x.shape[:batch_axes]):
+            return x.reshape(1, *x.shape[batch_axes:])
+        return flat(jnp.broadcast_to(x, (*batch, *x.shape[batch_axes:])))
+
+    def places(x: Any) -> Any:
+        if x is None:
+            return None
+        x = jnp.asarray(x, jnp.int32)
+        return x[None] if x.ndim == 1 else flat(x)
+
+    q, k, v = (flat(jnp.asarray(x)) for x in (q, k, v))
+    q_segments, kv_segments = (None if x is None else flat(jnp.asarray(x, jnp.int32)) for x in segments)
+    if q_segments is not None:
+        # Padding may hold NaN, and 0 NaN is NaN: what is never seen is made finite.
+        q = jnp.where((q_segments >= 0)[:, :, None, None], q, 0)
+        k, v = (jnp.where((kv_segments >= 0)[:, :, None, None], x, 0) for x in (k, v))
+    return Operands(
+        q, k, v, shared(bias), shared(mask), q_segments, kv_segments, places(q_positions), places(kv_positions)
+    )
+
+
+def _segment_pair(name: str, segment_ids: Any, q: Any, k: Any) -> tuple[Any, Any]:
+    if segment_ids is None:
+        return None, None
+    if isinstance(segment_ids, (tuple, list)):
+        ok = len(segment_ids) == 2 and all(x is not None for x in segment_ids)
+        checks.value(name, "segment_ids", ok, "be an array or a pair of arrays", f"{len(segment_ids)} items")
+        return tuple(segment_ids)
+    lengths = jnp.shape(q)[-3:-2], jnp.shape(k)[-3:-2]
+    checks.value(
+        name,
+        "segment_ids",
+        lengths[0] == lengths[1],
+        "be a pair (ids of q, ids of k) when their lengths differ",
+        "one array",
+    )
+    return segment_ids, segment_ids
+
+
+def _check_sharing(name: str, argument: str, x: Any, full: tuple[int, ...], free: int) -> None:
+    """Check that x has the shape `full`, up to ones in the first `free` axes."""
+    if x is None:
+        return
+    got = tuple(jnp.shape(x))
+    ok = len(got) == len(full) and all(
+        g == want or (g == 1 and axis < free) for axis, (g, want) in enumerate(zip(got, full, strict=True))
+    )
+    checks.value(
+        name,
+        argument,
+        ok,
+        f"have shape {full}, with 1 where an axis is shared",
+        got,
+        "The layout is [*batch, query heads, query length, key length].",
+        checks.ShapeError,
+    )
+
+
+def _check_window(name: str, window: Any) -> tuple[int | None, int | None] | None:
+    if window is None:
+        return None
+    ok = (
+        isinstance(window, (tuple, list))
+        and len(window) == 2
+        and all(w is None or (isinstance(w, int) and not isinstance(w, bool) and w >= 0) for w in window)
+    )
+    checks.value(name, "window", ok, "be a pair (left, right) of ints >= 0 or None", window)
+    left, right = window
+    return None if left is None and right is None else (left, right)
+
+
+def _check_number(name: str, argument: str, given: Any, *, positive: bool) -> float | None:
+    if given is None:
+        return None
+    wanted = "be a positive Python number" if positive else "be a finite Python number"
+    remedy = "" if positive else "Multiply a traced scale into q."
+    ok = isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given)
+    checks.value(name, argument, ok and (given > 0 or not positive), wanted, given, remedy)
+    return float(given)
+
+
+def _default_scale(scale: float | None, dim: int) -> float:
+    return 0.0 if scale is not None else max(dim, 1) ** -0.5
+
+
+def _check_implementation(implementation: str | None, config: Config, operands: Operands) -> None:
+    reason = None
+    if implementation == "gpu":
+        reason = "there is no Mosaic GPU kernel of it yet"
+    elif implementation == "tpu":
+        reason = _not_on_tpu(config, operands)
+    if reason:
+        raise NotImplementedError(
+            f"attention: implementation {implementation!r} cannot do this call: {reason}. "
+            "Use implementation=None, which falls back to 'xla'."
+        )
+
+
+def _not_on_tpu(config: Config, operands: Operands) -> str | None:
+    """Why the TPU kernel cannot do a call, or None."""
+    return {"float64": "TPUs have no float64", "float16": "TPUs have no float16; cast to bfloat16"}.get(
+        operands.q.dtype.name
+    )
+
+
+def _nothing(operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """The result when there is nothing to attend to."""
+    B, T, H = operands.q.shape[:3]
+    if operands.k.shape[1] and operands.q.shape[3] == 0 and operands.v.shape[3]:
+        raise checks.ShapeError("attention: `q` must have a head dimension of at least 1; got 0.")
+    o = jnp.zeros((B, T, H, operands.v.shape[3]), operands.q.dtype)
+    return o, jnp.full((B, H, T), -jnp.inf, accumulator(operands.q.dtype))
+
+
+# --- Derivatives: one rule above dispatch, whose backward pass has a rule of its own. ---------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(static: tuple, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    implementation, config = static
+    o, lse = _forward(implementation, config, operands)
+    return o, lse
+
+
+def _differentiable_fwd(static: tuple, operands: Any) -> tuple:
+    bias = operands.bias
+    if bias is not None and bias.perturbed:
+        raise NotImplementedError(
+            "attention: the derivative with respect to `bias` is computed by implementation='reference' only. "
+            "Pass that, or jax.lax.stop_gradient(bias)."
+        )
+    operands = jax.tree.map(lambda x: x.value, operands, is_leaf=lambda x: hasattr(x, "perturbed"))
+    o, lse = _differentiable(static, operands)
+    o = checkpoint_name(o, "attention_output")
+    lse = checkpoint_name(lse, "attention_lse")
+    return (o, lse), (operands, o, lse)
+
+
+def _differentiable_bwd(static: tuple, saved: tuple, cotangents: tuple) -> tuple[Operands]:
+    operands, o, lse = saved
+    o_cotangent, lse_cotangent = (
+        jnp.zeros(like.shape, like.dtype) if isinstance(given, jax.custom_derivatives.SymbolicZero) else given
+        for given, like in zip(cotangents, (o, lse), strict=True)
+    )
+    dq, dk, dv = _backward(static[1], operands, o, lse, o_cotangent, lse_cotangent)
+    return (Operands(dq, dk, dv),)
+
+
+_differentiable.defvjp(_differentiable_fwd, _differentiable_bwd, symbolic_zeros=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _backward(config: Config, operands: Operands, o: Any, lse: Any, o_cotangent: Any, lse_cotangent: Any) -> tuple:
+    return tuple(_backward_call(None, config, (operands, o, lse, o_cotangent, lse_cotangent)))
+
+
+def _backward_fwd(config: Config, *inputs: Any) -> tuple:
+    operands, _, _, *cotangents = inputs
+    return _backward(config, *inputs), (operands, cotangents)
+
+
+def _backward_bwd(config: Config, saved: tuple, cotangents: tuple) -> tuple:
+    """The derivative of the backward pass, dense: o and lse are seen as functions of the operands here."""
+    operands, (o_cotangent, lse_cotangent) = saved
+
+    def pulled(q: Any, k: Any, v: Any, *given: Any) -> tuple:
+        def run(q: Any, k: Any, v: Any) -> tuple:
+            return reference.forward(config, operands._replace(q=q, k=k, v=v))
+
+        return jax.vjp(run, q, k, v)[1](given)
+
+    inputs = (operands.q, operands.k, operands.v, o_cotangent, lse_cotangent)
+    dq, dk, dv, *rest = jax.vjp(pulled, *inputs)[1](cotangents)
+    return (Operands(dq, dk, dv), None, None, *rest)
+
+
+_backward.defvjp(_backward_fwd, _backward_bwd)
+
+
+# --- Dispatch. --------------------------------------------------------------------------------------------------------
+
+
+def _forward_shapes(config: Config, operands: Operands) -> tuple[jax.ShapeDtypeStruct, ...]:
+    q, v = operands.q, operands.v
+    B, T, H = q.shape[:3]
+    lse = jax.ShapeDtypeStruct((B, H, T), accumulator(q.dtype))
+    return jax.ShapeDtypeStruct((B, T, H, v.shape[3]), q.dtype), lse
+
+
+def _backward_shapes(config: Config, operands: tuple) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[0][:3])
+
+
+def _xla_backward(sequential: bool) -> Callable:
+    return lambda config, operands: xla.backward(config, *operands, sequential=sequential)
+
+
+def _tpu_forward(config: Config, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    # Imported when first lowered for a TPU: Pallas costs a tenth of a second.
+    from kernels_pallas._attention import tpu
+
+    return tpu.forward(config, operands)
+
+
+_forward = dispatch.primitive(
+    "attention",
+    shapes=_forward_shapes,
+    xla={"default": partial(xla.forward, sequential=False), "cpu": partial(xla.forward, sequential=True)},
+    accelerated={"tpu": _tpu_forward},
+    unsupported={"tpu": _not_on_tpu},
+)
+_backward_call = dispatch.primitive(
+    "attention_backward",
+    shapes=_backward_shapes,
+    xla={"default": _xla_backward(False), "cpu": _xla_backward(True)},
+    accelerated={},
+    unsupported={},
+)

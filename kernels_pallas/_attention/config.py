@@ -1,0 +1,88 @@
+"""What is static about a call of attention: its flags and its block sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import checks
+
+_LANES = 128
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """How many queries and keys a kernel holds at once.
+
+    Attributes:
+      q: queries a block, positive multiple of 128.
+      kv: keys a block fetched from memory, positive multiple of `compute`.
+      compute: keys a step of the arithmetic, positive multiple of 128.
+
+    Raises:
+      ValueError: a size that is not such a multiple.
+    """
+
+    q: int
+    kv: int
+    compute: int
+
+    def __post_init__(self) -> None:
+        for argument, size, multiple in (
+            ("q", self.q, _LANES),
+            ("compute", self.compute, _LANES),
+            ("kv", self.kv, self.compute),
+        ):
+            ok = isinstance(size, int) and not isinstance(size, bool) and size >= 1 and size % multiple == 0
+            checks.value("BlockSizes", argument, ok, f"be a positive multiple of {multiple}", size)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The static part of a call; hashable, so that it can be a parameter of a primitive."""
+
+    causal: bool
+    window: tuple[int | None, int | None] | None
+    soft_cap: float | None
+    scale: float
+    blocks: BlockSizes | None
+
+
+class Operands(NamedTuple):
+    """The arrays of a call, all with the batch first; None for what was not given.
+
+    Attributes:
+      q: [B, T, Hq, D].
+      k: [B, S, Hk, D].
+      v: [B, S, Hk, Dv].
+      bias: [B|1, Hq|1, T|1, S], floating point.
+      mask: [B|1, Hq|1, T|1, S|1], bool.
+      q_segments: int32 [B, T].
+      kv_segments: int32 [B, S].
+      q_positions: int32 [B|1, T].
+      kv_positions: int32 [B|1, S].
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    bias: Any = None
+    mask: Any = None
+    q_segments: Any = None
+    kv_segments: Any = None
+    q_positions: Any = None
+    kv_positions: Any = None
+
+
+def accumulator(dtype: Any) -> Any:
+    """Scores, statistics and sums are kept in float32, or in float64 when the inputs are."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def precision(dtype: Any) -> jax.lax.Precision:
+    """Full precision for float32 and float64 products; an accelerator's default would round their operands."""
+    wide = jnp.dtype(dtype).itemsize >= 4
+    return jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT

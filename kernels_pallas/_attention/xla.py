@@ -1,0 +1,387 @@
+"""Attention in plain XLA: chunked, memory linear in T and S, a backward pass by recomputation.
+
+One row of blocks, for one head, is written once as two-dimensional arithmetic. A CPU walks the rows one after the
+other (batched products are slow there, and a row ends at its last visible block); an accelerator takes all heads of a
+row at once, by vmap.
+
+Notation as in FlashAttention-2 (Dao 2023): s scores, m running maximum, l normaliser, p = exp(s - lse), delta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas._attention import masks
+from kernels_pallas._attention.config import Config, Operands, accumulator, precision
+
+# Queries and keys a tile. A CPU divides the products and the exponentials of a tile of this size over its cores, and
+# the tile stays in their caches; smaller tiles run on one core, larger ones wait for memory.
+_BLOCKS = (1024, 512)
+
+
+def forward(config: Config, operands: Operands, *, sequential: bool) -> tuple[jax.Array, jax.Array]:
+    """Output [B, T, Hq, Dv] and log-sum-exp [B, Hq, T]; `sequential` walks heads and rows one by one."""
+    dtype, T = operands.q.dtype, operands.q.shape[1]
+    config, operands = _scaled(config, operands, sequential)
+    blocks = _prepare(config, operands, sequential)
+
+    def row(at: _Place, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _forward_row(config, at, i, dtype)
+
+    if sequential:
+        o, lse = _walk(blocks, row)
+    else:
+        o, lse = jax.lax.map(
+            lambda i: _over_heads(blocks, lambda at: row(at, i)), jnp.arange(blocks.rows, dtype=jnp.int32)
+        )
+        o, lse = jnp.moveaxis(o, 0, 2), jnp.moveaxis(lse, 0, 2)
+    B, H = o.shape[:2]
+    o = o.reshape(B, H, -1, o.shape[-1])[:, :, :T]
+    return jnp.swapaxes(o, 1, 2), lse.reshape(B, H, -1)[:, :, :T]
+
+
+def backward(
+    config: Config,
+    operands: Operands,
+    o: jax.Array,
+    lse: jax.Array,
+    o_cotangent: jax.Array,
+    lse_cotangent: jax.Array,
+    *,
+    sequential: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Cotangents of q, k and v.
+
+    With delta = rowsum(do o) - dlse: dv = p^T do, ds = p (do v^T - delta), through the cap ds (1 - (s / cap)^2),
+    dq = scale ds k, dk = scale ds^T q. Query heads that share a key head add up in the accumulator's dtype.
+    """
+    acc = accumulator(operands.q.dtype)
+    dtype, scale = operands.q.dtype, config.scale
+    config, operands = _scaled(config, operands, sequential)
+    sees = jnp.isfinite(lse)
+    delta = jnp.swapaxes(jnp.sum(o_cotangent.astype(acc) * o.astype(acc), axis=-1), 1, 2)
+    # A row that sees nothing has no gradient, whatever its cotangents are.
+    delta = jnp.where(sees, delta - lse_cotangent, 0)
+    o_cotangent = jnp.where(jnp.swapaxes(sees, 1, 2)[..., None], o_cotangent, 0)
+    blocks = _prepare(config, operands, sequential, o_cotangent, jnp.where(sees, lse, 0), delta)
+    T, S = operands.q.shape[1], operands.k.shape[1]
+    k_heads = operands.k.shape[2]
+    zeros = tuple(jnp.zeros(x.shape[:2] + (blocks.columns * x.shape[3], x.shape[4]), acc) for x in (blocks.k, blocks.v))
+    if sequential:
+        dq, (dk, dv) = _walk(blocks, partial(_backward_row, config), zeros)
+    else:
+
+        def head(at: _Place) -> tuple:
+            start = tuple(jnp.zeros(z.shape[2:], acc) for z in zeros)
+            (dk, dv), dq = jax.lax.scan(
+                lambda sums, i: _backward_row(config, at, i, sums)[::-1],
+                start,
+                jnp.arange(blocks.rows, dtype=jnp.int32),
+            )
+            return dq, dk, dv
+
+        dq, dk, dv = _over_heads(blocks, head)
+        dk = config.scale * dk
+        dk, dv = (x.reshape(x.shape[0], k_heads, -1, *x.shape[2:]).sum(2) for x in (dk, dv))
+    dq = scale * dq.reshape(*dq.shape[:2], -1, dq.shape[-1])
+    return tuple(jnp.swapaxes(x, 1, 2).astype(dtype) for x in (dq[:, :, :T], dk[:, :, :S], dv[:, :, :S]))
+
+
+def _scaled(config: Config, operands: Operands, sequential: bool) -> tuple[Config, Operands]:
+    """On a CPU, operands in the accumulator's dtype (it has no fast 16-bit products) and the scale taken into q."""
+    if not sequential:
+        return config, operands
+    q, k, v = (x.astype(accumulator(x.dtype)) for x in operands[:3])
+    return replace(config, scale=1.0), operands._replace(q=config.scale * q, k=k, v=v)
+
+
+# --- Blocks and where they lie. ---------------------------------------------------------------------------------------
+
+
+class _Blocks(NamedTuple):
+    """Operands cut into blocks; heads before rows. Axes written B?, H?, T?, S? may be 1: shared."""
+
+    q: jax.Array  # [B, H, rows, bq, D]
+    k: jax.Array  # [B, Hk, columns, bk, D]
+    v: jax.Array  # [B, Hk, columns, bk, Dv]
+    bias: Any  # [B?, H?, T?, S]
+    mask: Any  # [B?, H?, T?, S?]
+    q_positions: Any  # [B?, 1, rows, bq]
+    kv_positions: Any  # [B?, 1, columns, bk]
+    q_segments: Any  # [B, 1, rows, bq]
+    kv_segments: Any  # [B, 1, columns, bk]
+    inside: Any  # [1, 1, columns, bk], False in the padding of the last block; None without padding
+    # First block that a row sees, one past the run of blocks from there on that it sees whole, and one past the last
+    # that it sees; int32 [B?, 1, rows], or None: nothing is hidden.
+    first: Any
+    whole: Any
+    last: Any
+    o_cotangent: Any  # [B, H, rows, bq, Dv]; these three for the backward pass
+    lse: Any  # [B, H, rows, bq]
+    delta: Any  # [B, H, rows, bq]
+
+    @property
+    def rows(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def columns(self) -> int:
+        return self.k.shape[2]
+
+
+class _Place(NamedTuple):
+    """Blocks with the indices of one head in front, empty when vmap has taken these axes away."""
+
+    blocks: _Blocks
+    q: tuple
+    kv: tuple
+
+    def at(self, name: str, *index: Any) -> Any:
+        """One block of the array of that name, None if it is not there."""
+        x = getattr(self.blocks, name)
+        if x is None:
+            return None
+        lead = self.kv if name in ("k", "v") else self.q
+        lead = tuple(0 if size == 1 else i for i, size in zip(lead, x.shape, strict=False))
+        sizes = (1,) * len(lead + index) + x.shape[len(lead + index) :]
+        starts = lead + index + (0,) * (len(sizes) - len(lead + index))
+        return jax.lax.dynamic_slice(x, _index(starts), sizes).reshape(sizes[len(lead + index) :])
+
+    def tile(self, name: str, i: Any, j: Any) -> Any:
+        """The part of a bias or mask that belongs to block (i, j), [bq or 1, bk or 1]."""
+        x = getattr(self.blocks, name)
+        if x is None:
+            return None
+        lead = tuple(0 if size == 1 else n for n, size in zip(self.q, x.shape, strict=False))
+        spans = (self.blocks.q.shape[-2], self.blocks.k.shape[-2])
+        sizes = tuple(1 if size == 1 else span for size, span in zip(x.shape[-2:], spans, strict=True))
+        starts = tuple(0 if size == 1 else n * size for n, size in zip((i, j), sizes, strict=True))
+        return jax.lax.dynamic_slice(x, _index(lead + starts), (1,) * len(lead) + sizes).reshape(sizes)
+
+
+def _index(starts: tuple) -> tuple:
+    # Python's ints would become int64 beside traced int32 when x64 is on.
+    return tuple(jnp.asarray(i, jnp.int32) for i in starts)
+
+
+def _prepare(config: Config, operands: Operands, sequential: bool, *cotangents: jax.Array) -> _Blocks:
+    T, S = operands.q.shape[1], operands.k.shape[1]
+    bq, bk = (min(b, n) for b, n in zip(_BLOCKS, (T, S), strict=True))
+
+    def heads(x: jax.Array, block: int) -> jax.Array:
+        x = masks.pad_axis(jnp.swapaxes(x, 1, 2), 2, block)
+        return x.reshape(*x.shape[:2], -1, block, x.shape[3])
+
+    def line(x: Any, block: int) -> Any:
+        if x is None:
+            return None
+        x = masks.pad_axis(jnp.asarray(x), x.ndim - 1, block)
+        return x.reshape(x.shape[0], -1 if x.ndim == 3 else 1, x.shape[-1] // block, block)
+
+    hidden = masks.masked(config, operands) or S % bk
+    spans = _spans(masks.block_kinds(config, operands, bq, bk), sequential) if hidden else (None,) * 3
+    inside = None
+    if S % bk:
+        inside = (jnp.arange(S + -S % bk) < S).reshape(1, 1, -1, bk)
+
+    def tile(x: Any) -> Any:  # axes of 1 are shared
+        for axis, block in ((2, bq), (3, bk)):
+            x = x if x is None or x.shape[axis] == 1 else masks.pad_axis(x, axis, block)
+        return x
+
+    q_positions, kv_positions = masks.positions(operands) if masks.positional(config) else (None, None)
+    back = [None] * 3
+    if cotangents:
+        back = [heads(cotangents[0], bq), line(cotangents[1], bq), line(cotangents[2], bq)]
+    return _Blocks(
+        heads(operands.q, bq),
+        heads(operands.k, bk),
+        heads(operands.v, bk),
+        tile(operands.bias),
+        tile(operands.mask),
+        line(q_positions, bq),
+        line(kv_positions, bk),
+        line(operands.q_segments, bq),
+        line(operands.kv_segments, bk),
+        inside,
+        *spans,
+        *back,
+    )
+
+
+def _spans(kinds: Any, sequential: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`first`, `whole` and `last` of `_Blocks`, from the kinds of all blocks [B?, rows, columns]."""
+    kinds = jnp.asarray(kinds)[:, None]
+    live, full = kinds != masks.SKIP, kinds == masks.FULL
+    if not sequential:  # heads taken together share the widest span
+        live, full = jnp.any(live, axis=0, keepdims=True), jnp.all(full, axis=0, keepdims=True)
+    columns = jnp.arange(live.shape[-1], dtype=jnp.int32)
+    first = jnp.argmax(live, axis=-1).astype(jnp.int32)
+    last = jnp.max(jnp.where(live, columns + 1, 0), axis=-1)
+    whole = jnp.min(jnp.where((columns >= first[..., None]) & ~full, columns, columns.size), axis=-1)
+    return first, whole, last
+
+
+# --- Two ways over the heads and rows. --------------------------------------------------------------------------------
+
+
+def _walk(blocks: _Blocks, row: Callable, sums: tuple | None = None) -> Any:
+    """`row(place, i)` for every head and row, one by one; results [B, H, rows, ...].
+
+    With `sums`, arrays [B, Hk, ...], the row is `row(place, i, sums)` and also returns them with its share added.
+    """
+    B, H, rows = blocks.q.shape[:3]
+    group = H // blocks.k.shape[1]
+
+    def one(carry: Any, n: jax.Array) -> tuple[Any, Any]:
+        b, h, i = n // (H * rows), n // rows % H, n % rows
+        place = _Place(blocks, (b, h), (b, h // group))
+        return (None, row(place, i)) if carry is None else row(place, i, carry)[::-1]
+
+    sums, outs = jax.lax.scan(one, sums, jnp.arange(B * H * rows, dtype=jnp.int32))
+    outs = jax.tree.map(lambda x: x.reshape(B, H, rows, *x.shape[1:]), outs)
+    return outs if sums is None else (outs, sums)
+
+
+def _over_heads(blocks: _Blocks, head: Callable[[_Place], Any]) -> Any:
+    """`head(place)` for all heads at once, [B, H, ...]; axes that are shared stay so."""
+    B, H = blocks.q.shape[:2]
+    k_heads = blocks.k.shape[1]
+
+    def split(x: Any) -> Any:  # [B?, H? or Hk, ...] -> [B?, Hk?, G?, ...]
+        if x is None:
+            return None
+        if x.shape[1] == H:
+            return x.reshape(x.shape[0], k_heads, -1, *x.shape[2:])
+        return x[:, :, None]
+
+    run = lambda b: head(_Place(b, (), ()))  # noqa: E731
+    arrays = _Blocks(*map(split, blocks))
+    for axis in (2, 1, 0):
+        axes = _Blocks(*(None if x is None or x.shape[axis] == 1 else 0 for x in arrays))
+        size = (B, k_heads, H // k_heads)[axis]
+        run = partial(_vmapped, run, axes, size)
+    out = run(arrays)
+    return jax.tree.map(lambda x: x.reshape(B, H, *x.shape[3:]), out)
+
+
+def _vmapped(run: Callable, axes: _Blocks, size: int, arrays: _Blocks) -> Any:
+    arrays = _Blocks(*(x[0] if x is not None and axis is None else x for x, axis in zip(arrays, axes, strict=True)))
+    if all(axis is None for axis in axes):  # of size 1
+        return jax.tree.map(lambda x: x[None], run(arrays))
+    return jax.vmap(run, in_axes=(axes,), axis_size=size)(arrays)
+
+
+# --- One row of blocks of one head. -----------------------------------------------------------------------------------
+
+
+def _forward_row(config: Config, at: _Place, i: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    q = at.at("q", i)  # [bq, D]
+    acc = accumulator(q.dtype)
+    bq, v_dim = q.shape[0], at.blocks.v.shape[-1]
+
+    def step(j: jax.Array, carry: tuple, *, whole: bool) -> tuple:
+        m, l, o = carry
+        s, seen = _scores(config, at, q, i, j, whole=whole)
+        if seen is not None:
+            s = jnp.where(seen, s, -jnp.inf)
+        top = jnp.maximum(m, jnp.max(s, axis=1))
+        # As long as a row has seen nothing its maximum is -inf, and -inf - -inf is NaN.
+        safe = jnp.where(top == -jnp.inf, 0, top)
+        p = jnp.exp(s - safe[:, None])
+        shrink = jnp.exp(m - safe)
+        v = at.at("v", j)
+        return top, shrink * l + jnp.sum(p, axis=1), shrink[:, None] * o + _dot(p.astype(v.dtype), v, (1, 0))
+
+    start = (jnp.full((bq,), -jnp.inf, acc), jnp.zeros((bq,), acc), jnp.zeros((bq, v_dim), acc))
+    first, whole, last = _span(at, i)
+    carry = jax.lax.fori_loop(first, whole, partial(step, whole=True), start)
+    if at.blocks.first is not None:
+        carry = jax.lax.fori_loop(whole, last, partial(step, whole=False), carry)
+    m, l, o = carry
+    sees = l > 0
+    l = jnp.where(sees, l, 1)
+    return (o / l[:, None]).astype(dtype), jnp.where(sees, m + jnp.log(l), -jnp.inf)
+
+
+def _backward_row(config: Config, at: _Place, i: jax.Array, sums: tuple) -> tuple[jax.Array, tuple]:
+    q, do = at.at("q", i), at.at("o_cotangent", i)  # [bq, D], [bq, Dv]
+    lse, delta = at.at("lse", i)[:, None], at.at("delta", i)[:, None]
+    bk = at.blocks.k.shape[-2]
+    lead = at.kv
+
+    def add(total: jax.Array, j: jax.Array, share: jax.Array) -> jax.Array:
+        start = _index((*lead, j * bk, 0))
+        shape = (1,) * len(lead) + share.shape
+        old = jax.lax.dynamic_slice(total, start, shape)
+        return jax.lax.dynamic_update_slice(total, old + share.reshape(shape), start)
+
+    def step(j: jax.Array, carry: tuple) -> tuple:
+        dq, dk, dv = carry
+        k, v = at.at("k", j), at.at("v", j)
+        s, seen = _scores(config, at, q, i, j, whole=False)
+        p = jnp.exp(s - lse)
+        if seen is not None:
+            p = jnp.where(seen, p, 0)
+        dv = add(dv, j, _dot(p.astype(do.dtype), do, (0, 0)))
+        ds = p * (_dot(do, v, (1, 1)) - delta)
+        if config.soft_cap is not None:
+            ds = ds * (1 - jnp.square(s / config.soft_cap))
+        ds = ds.astype(q.dtype)
+        return dq + _dot(ds, k, (1, 0)), add(dk, j, _dot(ds, q, (0, 0))), dv
+
+    start = jnp.zeros(q.shape, accumulator(q.dtype))
+    first, _, last = _span(at, i)
+    dq, dk, dv = jax.lax.fori_loop(first, last, step, (start, *sums))
+    return dq, (dk, dv)
+
+
+def _span(at: _Place, i: jax.Array) -> tuple[Any, Any, Any]:
+    """`first`, `whole` and `last` of row i; everything is whole where nothing is hidden."""
+    if at.blocks.first is None:
+        end = np.int32(at.blocks.k.shape[-3])
+        return np.int32(0), end, end
+    return at.at("first", i), at.at("whole", i), at.at("last", i)
+
+
+def _scores(
+    config: Config, at: _Place, q: jax.Array, i: jax.Array, j: jax.Array, *, whole: bool
+) -> tuple[jax.Array, Any]:
+    """Scores [bq, bk] of one tile before hiding, and what of it is seen (None: all, as in `whole` tiles)."""
+    s = _dot(q, at.at("k", j), (1, 1))
+    if config.scale != 1:
+        s = config.scale * s
+    bias = at.tile("bias", i, j)
+    if bias is not None:
+        s = s + bias.astype(s.dtype)
+    if config.soft_cap is not None:
+        s = config.soft_cap * jnp.tanh(s / config.soft_cap)
+    if whole:
+        return s, None
+    column = lambda name: None if (x := at.at(name, i)) is None else x[:, None]  # noqa: E731
+    line = lambda name: None if (x := at.at(name, j)) is None else x[None]  # noqa: E731
+    seen = masks.visible(
+        config,
+        column("q_positions"),
+        line("kv_positions"),
+        column("q_segments"),
+        line("kv_segments"),
+        at.tile("mask", i, j),
+    )
+    inside = line("inside")
+    if inside is not None:
+        seen = inside if seen is None else seen & inside
+    return s, seen
+
+
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    acc = accumulator(a.dtype)
+    return jax.lax.dot_general(a, b, dims, precision=precision(a.dtype), preferred_element_type=acc)

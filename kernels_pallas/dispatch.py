@@ -1,0 +1,164 @@
+"""One call, one implementation per platform, chosen when a program is lowered.
+
+A primitive with a lowering rule per platform, and not `jax.lax.platform_dependent`: one function that holds Pallas
+branches then exports for cpu, tpu and cuda together. The rules of differentiation sit above: an operation wraps its
+primitives in `jax.custom_vjp`, and its inputs in `refuse_forward_mode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+from jax.interpreters import ad, batching, mlir
+
+PyTree = Any
+Implementation = Callable[..., tuple[jax.Array, ...]]
+
+# Names of platforms as the lowering knows them.
+_PLATFORMS = {"tpu": "tpu", "gpu": "cuda"}
+
+
+def primitive(
+    name: str,
+    *,
+    shapes: Callable[..., tuple[jax.ShapeDtypeStruct, ...]],
+    xla: Mapping[str, Implementation],
+    accelerated: Mapping[str, Implementation],
+    unsupported: Mapping[str, Callable[..., str | None]],
+) -> Callable[..., list[jax.Array]]:
+    """A call whose implementation is chosen by the platform it is lowered for.
+
+    Args:
+      name: of the primitive, as it shows in jaxprs.
+      shapes: `shapes(static, operands)`, the outputs.
+      xla: the portable implementation: `"default"`, and by platform name ("cpu", ...) where it differs.
+      accelerated: kernels by implementation name ("tpu", "gpu"); each takes (static, operands) like the others.
+      unsupported: by implementation name, `unsupported(static, operands)` gives the reason why a kernel cannot do a
+        call, or None.
+
+    Returns:
+      `call(implementation, static, operands)`; static is hashable, operands a pytree of arrays whose every leaf has
+      the batch as its first axis, or 1 there when it is shared. Under vmap the mapped axis joins the batch. The result
+      is a flat list of arrays, each with the batch first.
+    """
+    prim = jex.Primitive(name)
+    prim.multiple_results = True
+
+    def abstract(*leaves: Any, implementation: str | None, static: Any, tree: Any) -> list[Any]:
+        outputs = shapes(static, jax.tree.unflatten(tree, leaves))
+        return [jax.core.ShapedArray(out.shape, out.dtype) for out in outputs]
+
+    def runner(run: Implementation) -> Callable[..., list[jax.Array]]:
+        def unflattened(*leaves: jax.Array, implementation: str | None, static: Any, tree: Any) -> list[jax.Array]:
+            return list(run(static, jax.tree.unflatten(tree, leaves)))
+
+        return unflattened
+
+    def rule(platform: str, portable: Implementation) -> Callable:
+        own = next((key for key in accelerated if _PLATFORMS[key] == platform), None)
+        rules = {"xla": mlir.lower_fun(runner(portable), multiple_results=True)}
+        if own is not None:
+            rules[own] = mlir.lower_fun(runner(accelerated[own]), multiple_results=True)
+
+        def lower(ctx: Any, *leaves: Any, implementation: str | None, static: Any, tree: Any) -> Any:
+            chosen = implementation
+            if chosen is None:
+                operands = jax.tree.unflatten(tree, ctx.avals_in)
+                chosen = own if own is not None and unsupported[own](static, operands) is None else "xla"
+            if chosen not in rules:
+                raise NotImplementedError(
+                    f"{name}: implementation {chosen!r} does not run on {platform}. "
+                    "Use implementation=None, which chooses by platform, or 'xla', which runs everywhere."
+                )
+            return rules[chosen](ctx, *leaves, implementation=implementation, static=static, tree=tree)
+
+        return lower
+
+    def batch(leaves: tuple, axes: tuple, *, implementation: str | None, static: Any, tree: Any) -> tuple:
+        outputs, size = _merge(leaves, axes, lambda merged: prim.bind(
+            *merged, implementation=implementation, static=static, tree=tree
+        ))  # fmt: skip
+        return [out.reshape(size, -1, *out.shape[1:]) for out in outputs], [0] * len(outputs)
+
+    @lru_cache(maxsize=1024)
+    def eager(implementation: str | None, static: Any, tree: Any) -> Callable:
+        return jax.jit(lambda *leaves: prim.bind(*leaves, implementation=implementation, static=static, tree=tree))
+
+    prim.def_abstract_eval(abstract)
+    prim.def_impl(lambda *leaves, implementation, static, tree: eager(implementation, static, tree)(*leaves))
+    batching.primitive_batchers[prim] = batch
+    mlir.register_lowering(prim, rule("this platform", xla["default"]))
+    for platform in {"cpu", *_PLATFORMS.values()}:
+        mlir.register_lowering(prim, rule(platform, xla.get(platform, xla["default"])), platform=platform)
+
+    def call(implementation: str | None, static: Any, operands: PyTree) -> list[jax.Array]:
+        leaves, tree = jax.tree.flatten(operands)
+        return prim.bind(*leaves, implementation=implementation, static=static, tree=tree)
+
+    return call
+
+
+def _merge(leaves: tuple, axes: tuple, call: Callable) -> tuple[list[jax.Array], int]:
+    """Join a mapped axis with the batch axis that every operand has first; what is shared by all stays shared."""
+    size = next(leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True) if axis is not None)
+    moved = [leaf if axis is None else jnp.moveaxis(leaf, axis, 0) for leaf, axis in zip(leaves, axes, strict=True)]
+    lead = max(leaf.shape[0 if axis is None else 1] for leaf, axis in zip(moved, axes, strict=True))
+    merged = []
+    for leaf, axis in zip(moved, axes, strict=True):
+        if axis is None and leaf.shape[0] == 1 and lead * size > 1:
+            merged.append(leaf)
+            continue
+        spread = leaf[None] if axis is None else leaf
+        spread = jnp.broadcast_to(spread, (size, lead, *spread.shape[2:]))
+        merged.append(spread.reshape(size * lead, *spread.shape[2:]))
+    return call(merged), size
+
+
+# --- Forward mode. ----------------------------------------------------------------------------------------------------
+
+_forward_p = jex.Primitive("forward_mode")
+
+
+def refuse_forward_mode(name: str, operands: PyTree) -> PyTree:
+    """The operands unchanged; forward-mode differentiation through them raises one sentence that names the remedy.
+
+    A custom_vjp has no forward derivative, and says so in words that name neither the function nor the way out.
+    Reverse mode, alone or over reverse mode, passes.
+
+    Args:
+      name: of the public function.
+      operands: pytree of arrays.
+    """
+    leaves, tree = jax.tree.flatten(operands)
+    return jax.tree.unflatten(tree, [_identity(name, x) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in leaves])
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _identity(name: str, x: jax.Array) -> jax.Array:
+    return x
+
+
+@_identity.defjvp
+def _identity_jvp(name: str, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    # Linear, and its transpose is the identity: reverse mode never evaluates it, forward mode does.
+    return primals[0], _forward_p.bind(tangents[0], name=name)
+
+
+def _refuse(*_: Any, name: str, **__: Any) -> Any:
+    raise TypeError(
+        f"{name}: forward-mode differentiation (jax.jvp, jax.jacfwd, jax.linearize, jax.hessian) works through "
+        f"implementation='reference' only. Use reverse mode (jax.vjp, jax.grad, jax.jacrev), for a Hessian "
+        f"jax.jacrev(jax.grad(f)), or pass implementation='reference'."
+    )
+
+
+_forward_p.def_impl(_refuse)
+_forward_p.def_abstract_eval(lambda x, *, name: x)
+ad.deflinear(_forward_p, lambda cotangent, *, name: [cotangent])
+batching.primitive_batchers[_forward_p] = lambda xs, axes, *, name: (_forward_p.bind(xs[0], name=name), axes[0])
+mlir.register_lowering(_forward_p, _refuse)
