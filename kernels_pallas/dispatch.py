@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend import core as jex
 from jax.interpreters import ad, batching, mlir
 
@@ -51,7 +52,7 @@ def primitive(
 
     def abstract(*leaves: Any, implementation: str | None, static: Any, tree: Any) -> list[Any]:
         outputs = shapes(static, jax.tree.unflatten(tree, leaves))
-        return [jax.core.ShapedArray(out.shape, out.dtype) for out in outputs]
+        return [ShapedArray(out.shape, out.dtype) for out in outputs]
 
     def runner(run: Implementation) -> Callable[..., list[jax.Array]]:
         def unflattened(*leaves: jax.Array, implementation: str | None, static: Any, tree: Any) -> list[jax.Array]:

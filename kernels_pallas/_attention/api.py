@@ -105,7 +105,7 @@ def attention(
         o, lse = reference.forward(config, operands)
     else:
         guarded = dispatch.refuse_forward_mode("attention", operands)
-        o, lse = _differentiable((implementation, config), guarded)
+        o, lse = _differentiable((implementation, config), guarded)  # pyright: ignore[reportGeneralTypeIssues]
     o, lse = (x.reshape(*batch, *x.shape[1:]) for x in (o, lse))
     return (o, lse) if return_lse else o
 
@@ -151,12 +151,13 @@ def prepare(
     checks.dtype(name, "floating", bias=bias, remedy="Use `mask` for booleans.")
     checks.dtype(name, "bool", mask=mask, remedy="Use `bias` for numbers.")
     for argument, x, n in (("segment_ids[0]", segments[0], T), ("segment_ids[1]", segments[1], S)):
-        checks.shape(name, **{argument: (x, " ".join(map(str, (*batch, n))))})
+        checks.shape(name, remedy="One id a token.", **{argument: (x, " ".join(map(str, (*batch, n))))})
         checks.dtype(name, "integer", **{argument: x})
     for argument, x, n in (("q_positions", q_positions, T), ("kv_positions", kv_positions, S)):
         wide = x is not None and jnp.ndim(x) > 1
-        checks.shape(name, **{argument: (x, " ".join(map(str, (*batch, n) if wide else (n,))))})
-        checks.dtype(name, "integer", **{argument: x})
+        spec = " ".join(map(str, (*batch, n) if wide else (n,)))
+        checks.shape(name, remedy="One position a token.", **{argument: (x, spec)})
+        checks.dtype(name, "integer", remedy="Positions are whole numbers.", **{argument: x})
     config = Config(
         bool(causal),
         _check_window(name, window),
@@ -207,7 +208,7 @@ def _canonical(
 
     q, k, v = (flat(jnp.asarray(x)) for x in (q, k, v))
     q_segments, kv_segments = (None if x is None else flat(jnp.asarray(x, jnp.int32)) for x in segments)
-    if q_segments is not None:
+    if q_segments is not None and kv_segments is not None:
         # Padding may hold NaN, and 0 NaN is NaN: what is never seen is made finite.
         q = jnp.where((q_segments >= 0)[:, :, None, None], q, 0)
         k, v = (jnp.where((kv_segments >= 0)[:, :, None, None], x, 0) for x in (k, v))
@@ -327,7 +328,7 @@ def _differentiable_fwd(static: tuple, operands: Any) -> tuple:
             "Pass that, or jax.lax.stop_gradient(bias)."
         )
     operands = jax.tree.map(lambda x: x.value, operands, is_leaf=lambda x: hasattr(x, "perturbed"))
-    o, lse = _differentiable(static, operands)
+    o, lse = _differentiable(static, operands)  # pyright: ignore[reportGeneralTypeIssues]
     o = checkpoint_name(o, "attention_output")
     lse = checkpoint_name(lse, "attention_lse")
     return (o, lse), (operands, o, lse)
@@ -339,7 +340,8 @@ def _differentiable_bwd(static: tuple, saved: tuple, cotangents: tuple) -> tuple
         jnp.zeros(like.shape, like.dtype) if isinstance(given, jax.custom_derivatives.SymbolicZero) else given
         for given, like in zip(cotangents, (o, lse), strict=True)
     )
-    dq, dk, dv = _backward(static[1], operands, o, lse, o_cotangent, lse_cotangent)
+    grads = _backward(static[1], operands, o, lse, o_cotangent, lse_cotangent)
+    dq, dk, dv = grads  # pyright: ignore[reportGeneralTypeIssues]
     return (Operands(dq, dk, dv),)
 
 
