@@ -10,7 +10,7 @@ from tests.source import ROOT
 TEXT = readme_tables.README.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("room", ["transforms.sophia(", "fixed_point(", "linear_solve(", "transport("])
+@pytest.mark.parametrize("room", ["transforms.sophia(", "fixed_point(", "linear_solve(", "transport(", "attention("])
 def test_every_room_has_an_example(room):
     assert any(room in block[1] for block in readme_tables.EXAMPLE.finditer(TEXT))
 
