@@ -134,6 +134,8 @@ def linear_solve(
       [1.0, 0.5, 0.25]
     """
     b = jax.tree.map(jnp.asarray, b)
+    leaves = jax.tree_util.tree_flatten_with_path(b)[0]
+    checks.dtype("linear_solve", "inexact", **{f"b{jax.tree_util.keystr(path)}": leaf for path, leaf in leaves})
     return drive(
         "linear_solve",
         cg() if solver is None else solver,
@@ -211,6 +213,9 @@ def transport(
       >>> print(f"{float(problem.primal_cost((f, g))):.2f}")
       1.02
     """
+    array = not (callable(cost) or isinstance(cost, str) or cost is None)
+    wanted = "be an array [n, m], a DenseCost or a PointCloudCost"
+    checks.value("transport", "cost", array, wanted, type(cost).__name__, error=TypeError)
     a, b = jnp.asarray(a), jnp.asarray(b)
     checks.dtype("transport", "floating", remedy="Weights are real numbers.", a=a, b=b)
     return drive(

@@ -40,6 +40,7 @@ def _wrap(problem: Any, *names: str) -> None:
 
 
 def _check_map(function: str, argument: str, fn: Function, x: PyTree, *args: PyTree) -> None:
+    checks.value(function, argument, isinstance(fn, Function), "be a function", type(fn).__name__, error=TypeError)
     out = jax.eval_shape(fn, x, *args)
     remedy = f"`{argument}` must return a tree like x; cast inside it if it promotes."
     checks.same_tree(function, ("x0", x), dtypes=True, remedy=remedy, **{f"{argument}(x0)": out})
@@ -226,6 +227,9 @@ class Linear(Problem):
         checks.dtype(function, "inexact", **{f"b{jax.tree_util.keystr(p)}": v for p, v in _leaves(self.b)})
         for name in ("A", "preconditioner"):
             operator = getattr(self, name)
+            known = isinstance(operator, Function) or hasattr(operator, "dtype") or (name != "A" and operator is None)
+            wanted = "be an array [n, n], a linear function or an object with a method `mv`"
+            checks.value(function, name, known, wanted, type(operator).__name__, error=TypeError)
             if isinstance(operator, Function):
                 image = jax.eval_shape(operator, self.b)
                 checks.same_tree(function, ("b", self.b), dtypes=True, **{f"{name}(b)": image})

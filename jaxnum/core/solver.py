@@ -225,6 +225,9 @@ def drive(
     on_failure: str,
 ) -> Solution:
     """`solve` under the name of the public function that was called, which its errors bear."""
+    wanted = "be what a factory of jaxnum.solvers returns"
+    remedy = "Call the factory, as in jaxnum.solvers.picard()."
+    checks.value(name, "solver", isinstance(solver, (Solver, Phases)), wanted, solver, remedy, TypeError)
     phases = solver.phases if isinstance(solver, Phases) else (Phase(solver),)
     _check_arguments(name, phases, problem, x0, max_steps, check_every, adjoint, checkpoint_every, on_failure)
     x0 = trees.strong(x0)
@@ -331,8 +334,8 @@ def _tolerance(function: str, argument: str, given: Any, default: float, real: A
     remedy = "Use vmap for one tolerance a problem."
     checks.shape(function, remedy=remedy, **{argument: (chosen, "")})
     if not checks.traced(chosen):
-        ok = not jnp.iscomplexobj(chosen) and float(chosen) >= 0
-        checks.value(function, argument, ok, "be a real number >= 0", chosen)
+        ok = not jnp.iscomplexobj(chosen) and 0 <= float(chosen) < jnp.inf
+        checks.value(function, argument, ok, "be a finite real number >= 0", chosen)
     return jnp.asarray(chosen, precision.accumulator(real))
 
 
@@ -375,6 +378,7 @@ def _check_arguments(
     )
     leaves = jax.tree_util.tree_flatten_with_path(x0)[0]
     checks.value(name, "x0", bool(leaves), "have at least one array leaf", x0)
+    checks.value(name, "x0", trees.size(x0) > 0, "have at least one entry", x0)
     checks.dtype(
         name,
         "inexact",

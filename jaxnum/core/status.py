@@ -31,7 +31,8 @@ _SENTENCES = {
     Status.stagnated: "The residual stopped falling above the tolerance: rounding errors of this dtype allow no "
     "less. Loosen rtol or atol, precondition, or use float64.",
     Status.infeasible: "The problem has no solution as posed "
-    "(for transport: weights must be non-negative, finite and of equal total mass unless unbalanced).",
+    "(for transport: weights must be non-negative, finite and of equal total mass unless unbalanced; "
+    "for a linear system: A must map the null space to zero, and b must be orthogonal to it).",
 }
 
 

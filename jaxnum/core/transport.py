@@ -161,12 +161,15 @@ class Transport(Problem):
         self.cost.check(function)
         remedy = "Did you pass a batch? Use jax.vmap or jaxnum.solve_batched."
         n, m = self.cost.shape
+        checks.value(function, "cost", min(n, m) > 0, "have at least one row and one column", (n, m))
         checks.shape(function, remedy=remedy, a=(self.a, f"{n}"), b=(self.b, f"{m}"))
         checks.dtype(function, "floating", remedy="Weights are real numbers.", a=self.a, b=self.b)
         checks.same_dtype(function, cost=jax.ShapeDtypeStruct((), self.cost.dtype), a=self.a, b=self.b)
         checks.same_tree(function, ("(a, b)", (self.a, self.b)), dtypes=True, x0=x)
         for name, top in (("epsilon", jnp.inf), ("tau_a", 1.0), ("tau_b", 1.0)):
             given = getattr(self, name)
+            scalar = isinstance(given, float) or hasattr(given, "dtype")
+            checks.value(function, name, scalar, "be a real scalar", given, error=TypeError)
             checks.shape(function, remedy="Use vmap for several.", **{name: (given, "")})
             checks.dtype(function, "floating", **{name: given})
             if not (checks.traced(given) or isinstance(given, jax.ShapeDtypeStruct)):

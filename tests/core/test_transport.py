@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import jaxnum
-from jaxnum import PointCloudCost, SolverError, Status, Transport
+from jaxnum import PointCloudCost, Status, Transport
 
 
 def data(n=8, m=6, zeros=True, seed=0):
@@ -120,32 +120,6 @@ def test_dual_value_equals_primal_and_its_gradient_is_the_plan(x64, tau):
     np.testing.assert_allclose(problem.dual_cost(solved), primal, rtol=1e-11)
 
 
-def test_bad_arguments_raise_one_sentence(x64):
+def test_only_the_balanced_problem_asks_for_equal_masses(x64):
     C, a, b = data()
-    with pytest.raises(ValueError, match=r"transport: `a` must have shape \(8,\); got \(7,\)"):
-        jaxnum.transport(C, a[:7], b, 0.1)
-    with pytest.raises(ValueError, match=r"`b` must have shape"):
-        jaxnum.transport(C, a, b[:, None], 0.1)
-    with pytest.raises(TypeError, match=r"`a` must have a floating-point dtype"):
-        jaxnum.transport(C, jnp.ones(8, int), b, 0.1)
-    with pytest.raises(TypeError, match=r"`a` must have dtype float64"):
-        jaxnum.transport(C, a.astype(jnp.float32), b, 0.1)
-    for bad in (0.0, -1.0, jnp.inf):
-        with pytest.raises(ValueError, match=r"`epsilon` must be positive and finite"):
-            jaxnum.transport(C, a, b, bad)
-    with pytest.raises(ValueError, match=r"`epsilon` must have shape"):
-        jaxnum.transport(C, a, b, jnp.ones(2))
-    with pytest.raises(ValueError, match=r"`tau_a` must be in \(0, 1\]"):
-        jaxnum.transport(C, a, b, 0.1, tau_a=1.5)
-
-
-def test_unsolvable_problems_have_a_status(x64):
-    C, a, b = data()
-    negative, nan = a.at[0].add(-1).at[3].add(1), a.at[0].set(jnp.nan)
-    for weights in (2 * a, negative, nan, 0 * a):
-        with pytest.raises(SolverError, match="infeasible"):
-            jaxnum.transport(C, weights, b, 0.1)
-        assert int(jax.jit(lambda w: jaxnum.transport(C, w, b, 0.1).status)(weights)) == Status.infeasible
     assert jaxnum.transport(C, 2 * a, b, 0.1, tau_a=0.9).status == Status.converged
-    with pytest.raises(SolverError, match="nonfinite"):
-        jaxnum.transport(C.at[0, 0].set(jnp.nan), a, b, 0.1)

@@ -78,14 +78,3 @@ def test_functions_that_differ_in_a_derivative_rule_alone_are_kept_apart(x64):
 def test_damping_outside_its_range(damping):
     with pytest.raises(ValueError, match=r"picard: `damping` must be in \(0, 1\]; got"):
         jaxnum.solvers.picard(damping=damping)
-
-
-def test_a_map_that_changes_shape_or_dtype_is_named():
-    with pytest.raises(ValueError, match=r"fixed_point: `T\(x0\)` must have shape \(3,\) to match `x0`; got \(2,\)"):
-        jaxnum.fixed_point(lambda x: x[:2], jnp.zeros(3))
-    with pytest.raises(TypeError, match=r"fixed_point: `T\(x0\)` must have dtype float32 to match `x0`; got int32"):
-        jaxnum.fixed_point(lambda x: x.astype(jnp.int32), jnp.zeros(3))
-    with pytest.raises(ValueError, match=r"fixed_point: `T\(x0\)` must have the tree structure of `x0`"):
-        jaxnum.fixed_point(lambda x: {"a": x}, jnp.zeros(3))
-    with pytest.raises(TypeError, match=r"fixed_point: `x0` must have a floating-point or complex dtype; got int32"):
-        jaxnum.fixed_point(lambda x: x, jnp.zeros(3, jnp.int32))

@@ -68,7 +68,8 @@ def cg(*, flexible: int | None = None) -> Solver:
     Returns:
       A Solver for `Linear`. It stops at ||b - A x|| <= atol + rtol ||b||, where the residual is recomputed from x every
       50 steps and before convergence is declared. `breakdown`: p.Ap <= 0, r.z <= 0, or a dense A that is not
-      symmetric; x is then the last good iterate. `stagnated`: rounding errors dominate the residual.
+      symmetric; x is then the last good iterate. `stagnated`: rounding errors dominate the residual. `infeasible`: b
+      has a part in the declared null space, or A does not map it to zero.
 
     Raises:
       ValueError: flexible below 1.
@@ -144,16 +145,22 @@ def _asymmetric(A: Any) -> jax.Array:
 
 def _advance(
     x: PyTree, p: PyTree, state: CGState, rp: jax.Array, problem: Linear
-) -> tuple[PyTree, PyTree, PyTree, jax.Array]:
-    """One exact line search along p: the new x and r, q = A p, and p.q. On a look: x as it is, r = b - A x."""
+) -> tuple[PyTree, PyTree, PyTree, jax.Array, jax.Array]:
+    """One exact line search along p: the new x and r, q = A p, p.q, a flag. On a look: x as it is, r = b - A x."""
     look = state.look
     q = problem.matvec(trees.where(look, x, p))
     pq = jnp.where(look, 1, trees.vdot(p, q))
     # NaN passes on purpose: it ends in the residual, and the driver sees it.
     flat = pq <= 0
     alpha = jnp.where(look | flat, 0, rp / jnp.where(flat, 1, pq))
-    r = problem.project(trees.add_scaled(trees.where(look, problem.b, state.r), -jnp.where(look, 1, alpha), q))
-    return trees.add_scaled(x, alpha, p), r, q, pq
+    raw = trees.add_scaled(trees.where(look, problem.b, state.r), -jnp.where(look, 1, alpha), q)
+    r = problem.project(raw)
+    flag = state.flag
+    if problem.null_space is not None:
+        # What the projection removes must be rounding: else b or the image of A leaves the complement.
+        removed = trees.norm(trees.sub(raw, r)) > jnp.finfo(pq.dtype).eps ** 0.5 * state.scale
+        flag = jnp.where(look & removed, jnp.int32(Status.infeasible), flag)
+    return trees.add_scaled(x, alpha, p), r, q, pq, flag
 
 
 def _broken(pq: jax.Array, rz: jax.Array, residual: jax.Array, flag: jax.Array) -> jax.Array:
@@ -162,7 +169,7 @@ def _broken(pq: jax.Array, rz: jax.Array, residual: jax.Array, flag: jax.Array) 
 
 
 def _judge(
-    x: PyTree, r: PyTree, pq: jax.Array, rz: jax.Array, residual: jax.Array, state: CGState
+    x: PyTree, r: PyTree, pq: jax.Array, rz: jax.Array, residual: jax.Array, flag: jax.Array, state: CGState
 ) -> tuple[PyTree, jax.Array, CGState]:
     """The x and the state of the next step, p still to be set, and whether the directions are stale."""
     look = state.look
@@ -170,7 +177,7 @@ def _judge(
     lost = look & (residual > 0) & (state.residual <= 0.5 * residual)
     drifted = jnp.where(look, jnp.where(lost, state.drifted + 1, 0), state.drifted)
     bad = (pq <= 0) | ((rz <= 0) & (residual > 0))
-    flag = jnp.where(bad, jnp.int32(Status.breakdown), state.flag)
+    flag = jnp.where(bad, jnp.maximum(flag, jnp.int32(Status.breakdown)), flag)
     flag = jnp.where(drifted >= 2, jnp.maximum(flag, jnp.int32(Status.stagnated)), flag)
     # For b = 0 no residual above zero is small relative to ||b||, but the answer is known.
     null = (state.scale == 0) & ~look
@@ -180,9 +187,9 @@ def _judge(
 
 
 def _step(hyper: None, x: PyTree, state: CGState, problem: Linear) -> tuple[PyTree, CGState]:
-    x, r, _, pq = _advance(x, state.p, state, state.rz, problem)
+    x, r, _, pq, flag = _advance(x, state.p, state, state.rz, problem)
     z, rz, residual = _precondition(r, problem)
-    x, lost, new = _judge(x, r, pq, rz, residual, state)
+    x, lost, new = _judge(x, r, pq, rz, residual, flag, state)
     kept = state.look & ~lost
     beta = jnp.where(state.look, 0, rz / jnp.where(state.rz == 0, 1, state.rz))
     p = trees.combine(jnp.where(kept, 0, jnp.ones_like(beta)), z, jnp.where(kept, 1, beta), state.p)
@@ -219,10 +226,10 @@ def _flexible_step(
         base.p,
         state.directions,
     )
-    x, r, q, pq = _advance(x, p, base, trees.vdot(p, base.r), problem)
+    x, r, q, pq, flag = _advance(x, p, base, trees.vdot(p, base.r), problem)
     q = problem.project(q)
     z, rz, residual = _precondition(r, problem)
-    x, _, new = _judge(x, r, pq, rz, residual, base)
+    x, _, new = _judge(x, r, pq, rz, residual, flag, base)
     here = (jnp.arange(m, dtype=jnp.int32) == slot) & ~base.look
 
     def put(ring: jax.Array, new: jax.Array) -> jax.Array:
