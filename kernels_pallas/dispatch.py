@@ -146,8 +146,9 @@ def _identity(name: str, x: jax.Array) -> jax.Array:
 
 @_identity.defjvp
 def _identity_jvp(name: str, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    # Linear, and its transpose is the identity: reverse mode never evaluates it, forward mode does.
-    return primals[0], _forward_p.bind(tangents[0], name=name)
+    # Linear, and its transpose is the identity: reverse mode never evaluates it, forward mode does. The guard is in the
+    # primal output too, where an outer derivative passes.
+    return _identity(name, primals[0]), _forward_p.bind(tangents[0], name=name)
 
 
 def _refuse(*_: Any, name: str, **__: Any) -> Any:

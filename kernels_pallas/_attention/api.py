@@ -64,7 +64,7 @@ def attention(
       implementation: None chooses by the platform the program is lowered for, "tpu" (Pallas Mosaic; its backward pass
         is that of "xla"), "xla" (chunked, linear memory, fast on CPUs) or "reference" (dense, the specification). A
         named one that cannot do a call raises; None always works.
-      block_sizes: of the "tpu" kernel; default by lengths and dtype.
+      block_sizes: of the tiles; default by implementation, flags and dtype. Only speed depends on it.
 
     Returns:
       o [*B, T, Hq, Dv] in the dtype of q; with `return_lse` the pair (o, lse [*B, Hq, T] in float32, or float64 for

@@ -24,8 +24,11 @@ from kernels_pallas._attention.config import BlockSizes, Config, Operands, preci
 
 _LANES = 128
 _LOG2E = 1.4426950408889634
-_FLOAT_BLOCKS = BlockSizes(512, 1024, 512)
-_BLOCKS = BlockSizes(1024, 2048, 1024)
+# Found by compiling for v5e and v6e. A long key block lets the next product start while the exponentials of the last
+# are still at work; where blocks can be skipped, short ones skip more.
+_BLOCKS = BlockSizes(512, 4096, 1024)
+_HIDING_BLOCKS = BlockSizes(1024, 1024, 1024)
+_WIDE_BLOCKS = BlockSizes(512, 1024, 512)
 
 
 def forward(config: Config, operands: Operands, *, interpret: Any = False) -> tuple[jax.Array, jax.Array]:
@@ -40,7 +43,7 @@ def forward(config: Config, operands: Operands, *, interpret: Any = False) -> tu
 
     B, T, H, D = operands.q.shape
     S, k_heads, v_dim = operands.v.shape[1:]
-    blocks = _clipped(config.blocks or _default_blocks(operands), T, S)
+    blocks = _clipped(config.blocks or _default_blocks(config, operands), T, S)
     inputs, kinds = _prepare(config, operands, blocks)
     order, count = _live(kinds)
     rows, columns = kinds.shape[1:]
@@ -122,9 +125,11 @@ def forward(config: Config, operands: Operands, *, interpret: Any = False) -> tu
     return jnp.swapaxes(o[:, :, :T, :v_dim], 1, 2), lse
 
 
-def _default_blocks(operands: Operands) -> BlockSizes:
+def _default_blocks(config: Config, operands: Operands) -> BlockSizes:
     wide = operands.q.dtype.itemsize > 2 or max(operands.q.shape[3], operands.v.shape[3]) > _LANES
-    return _FLOAT_BLOCKS if wide or operands.bias is not None or operands.mask is not None else _BLOCKS
+    if wide or operands.bias is not None or operands.mask is not None:
+        return _WIDE_BLOCKS
+    return _HIDING_BLOCKS if masks.masked(config, operands) else _BLOCKS
 
 
 def _clipped(blocks: BlockSizes, T: int, S: int) -> BlockSizes:

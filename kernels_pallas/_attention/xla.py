@@ -173,7 +173,8 @@ def _index(starts: tuple) -> tuple:
 
 def _prepare(config: Config, operands: Operands, sequential: bool, *cotangents: jax.Array) -> _Blocks:
     T, S = operands.q.shape[1], operands.k.shape[1]
-    bq, bk = (min(b, n) for b, n in zip(_BLOCKS, (T, S), strict=True))
+    wanted = _BLOCKS if config.blocks is None else (config.blocks.q, config.blocks.compute)
+    bq, bk = (min(b, n) for b, n in zip(wanted, (T, S), strict=True))
 
     def heads(x: jax.Array, block: int) -> jax.Array:
         x = masks.pad_axis(jnp.swapaxes(x, 1, 2), 2, block)
