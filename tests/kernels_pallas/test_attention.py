@@ -1,0 +1,264 @@
+"""Attention beyond the contract: oracles nobody here wrote, identities, memory, every bad argument."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels_pallas
+from kernels_pallas import BlockSizes, attention
+from kernels_pallas._attention import masks, reference
+from kernels_pallas._attention.config import Config, Operands
+from tests.tolerances import tolerance
+
+SMALL = BlockSizes(128, 128, 128)
+
+
+def inputs(dtype="float32", *, B=2, T=130, S=150, H=4, K=2, D=16, V=16, seed=0):
+    rng = np.random.default_rng(seed)
+    return tuple(jnp.asarray(rng.normal(size=s), dtype) for s in ((B, T, H, D), (B, S, K, D), (B, S, K, V)))
+
+
+def close(got, want, dtype="float32", size=300, condition=1.0):
+    scale = max(1.0, float(np.max(np.abs(want))))
+    error = float(np.max(np.abs(np.asarray(got, np.float64) - np.asarray(want, np.float64)))) / scale
+    assert error <= tolerance(dtype, size, condition=condition), error
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("flags", ["plain", "causal", "window", "bias", "mask", "scale"])
+def test_equals_jax_nn(implementation, flags):
+    q, k, v = inputs(T=150)
+    rng = np.random.default_rng(2)
+    bias = jnp.asarray(rng.normal(size=(2, 4, 150, 150)), "float32")
+    mask = jnp.asarray(rng.random((2, 1, 150, 150)) < 0.5)
+    ours, theirs = {
+        "plain": ({}, {}),
+        "causal": ({"causal": True}, {"is_causal": True}),
+        "window": ({"window": (9, 4)}, {"local_window_size": (9, 4)}),
+        "bias": ({"bias": bias}, {"bias": bias}),
+        "mask": ({"mask": mask}, {"mask": mask}),
+        "scale": ({"scale": 0.3}, {"scale": 0.3}),
+    }[flags]
+    got, lse = attention(q, k, v, implementation=implementation, block_sizes=SMALL, return_lse=True, **ours)
+    want, want_lse = jax.nn.dot_product_attention(q, k, v, return_residual=True, **theirs)
+    close(got, want)
+    close(jnp.swapaxes(lse, 1, 2), want_lse)
+
+
+def test_two_halves_of_the_keys_merge_by_their_lse(x64):
+    q, k, v = inputs("float64")
+
+    def merged(q, k, v):
+        parts = [attention(q, *half, return_lse=True) for half in ((k[:, :70], v[:, :70]), (k[:, 70:], v[:, 70:]))]
+        lse = jnp.logaddexp(parts[0][1], parts[1][1])
+        return sum(o * jnp.exp(part - lse).swapaxes(1, 2)[..., None] for o, part in parts), lse
+
+    whole = lambda *a: attention(*a, return_lse=True)  # noqa: E731
+    for got, want in zip(merged(q, k, v), whole(q, k, v), strict=True):
+        close(got, want, "float64")
+    scalar = lambda f: lambda *a: sum(jnp.sum(jnp.sin(o)) for o in f(*a))  # noqa: E731
+    gradients = [jax.grad(scalar(f), (0, 1, 2))(q, k, v) for f in (merged, whole)]
+    for got, want in zip(*gradients, strict=True):
+        close(got, want, "float64", condition=10)
+
+
+def test_permuted_keys_change_nothing(x64):
+    q, k, v = inputs("float64")
+    bias = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 130, 150)))
+    order = np.random.default_rng(1).permutation(150)
+    close(attention(q, k[:, order], v[:, order], bias=bias[..., order]), attention(q, k, v, bias=bias), "float64")
+
+
+def test_batch_axes_none_and_two():
+    q, k, v = inputs(B=6)
+    want = attention(q, k, v, causal=True)
+    np.testing.assert_array_equal(attention(q[0], k[0], v[0], causal=True), want[0])
+    o, lse = attention(*(x.reshape(2, 3, *x.shape[1:]) for x in (q, k, v)), causal=True, return_lse=True)
+    np.testing.assert_array_equal(o.reshape(want.shape), want)
+    assert lse.shape == (2, 3, 4, 130)
+    mask = jnp.ones((2, 1, 1, 130, 150), bool)
+    np.testing.assert_array_equal(attention(*(x.reshape(2, 3, *x.shape[1:]) for x in (q, k, v)), mask=mask)[1, 2],
+                                  attention(q, k, v)[5])  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", None])
+def test_nothing_to_attend_to(implementation):
+    q, k, v = inputs(S=0)
+    o, lse = attention(q, k, v, return_lse=True, implementation=implementation)
+    np.testing.assert_array_equal(o, 0)
+    np.testing.assert_array_equal(lse, -np.inf)
+    assert attention(q[:, :0], *inputs()[1:], implementation=implementation).shape == (2, 0, 4, 16)
+
+
+def test_minus_infinity_in_a_bias_hides():
+    q, k, v = inputs()
+    hidden = np.random.default_rng(0).random((2, 1, 130, 150)) < 0.5
+    hidden[:, :, 5] = True
+    by_bias = attention(q, k, v, bias=jnp.where(hidden, -jnp.inf, 0.0), return_lse=True, block_sizes=SMALL)
+    by_mask = attention(q, k, v, mask=jnp.asarray(~hidden), return_lse=True, block_sizes=SMALL)
+    for got, want in zip(by_bias, by_mask, strict=True):
+        np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(by_bias[0][:, 5], 0)
+
+
+def test_error_in_bfloat16_is_that_of_its_rounding():
+    arrays = inputs("bfloat16", S=300)
+    with jax.enable_x64(True):
+        truth = attention(*(jnp.asarray(np.asarray(x, np.float64)) for x in arrays), implementation="reference")
+    dense = jnp.asarray(attention(*(x.astype("float32") for x in arrays), implementation="reference"), "bfloat16")
+    error = lambda x: np.abs(np.asarray(x, np.float64) - np.asarray(truth)).max()  # noqa: E731
+    assert error(attention(*arrays)) <= 1.5 * error(dense)
+
+
+def test_memory_is_linear_in_length():
+    def temp(T, implementation, gradient):
+        f = lambda q, k, v: attention(q, k, v, causal=True, implementation=implementation)  # noqa: E731
+        if gradient:
+            f = jax.grad(lambda *a, f=f: f(*a).sum(), (0, 1, 2))
+        spec = jax.ShapeDtypeStruct((1, T, 1, 64), jnp.float32)
+        return jax.jit(f).lower(spec, spec, spec).compile().memory_analysis().temp_size_in_bytes
+
+    for gradient in (False, True):
+        assert temp(16384, "xla", gradient) <= 4.4 * temp(4096, "xla", gradient)
+    assert temp(8192, "xla", True) <= 0.1 * temp(8192, "reference", True)
+
+
+def test_causal_costs_less_than_full():
+    cost = lambda causal: np.sum(  # noqa: E731
+        masks.block_kinds(
+            Config(causal, None, None, 1.0, None), Operands(*(np.zeros((1, 8192, 1, 64)),) * 3), 1024, 512
+        )
+        != masks.SKIP
+    )
+    assert cost(True) <= 0.65 * cost(False)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_block_kinds_never_lie(data):
+    """SKIP holds nothing that is seen, FULL nothing that is hidden, whatever the positions and segments."""
+    T, S = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
+    edge = st.one_of(st.none(), st.integers(0, 12))
+    window = data.draw(st.one_of(st.none(), st.tuples(edge, edge)))
+    config = Config(data.draw(st.booleans()), window, None, 1.0, None)
+    line = lambda n, low, high: np.array(  # noqa: E731
+        [data.draw(st.lists(st.integers(low, high), min_size=n, max_size=n))], np.int32
+    )
+    operands = Operands(np.zeros((1, T, 1, 1)), np.zeros((1, S, 1, 1)), np.zeros((1, S, 1, 1)))
+    if data.draw(st.booleans()):
+        operands = operands._replace(q_segments=line(T, -1, 2), kv_segments=line(S, -1, 2))
+    if data.draw(st.booleans()):
+        operands = operands._replace(q_positions=line(T, 0, 50))
+    bq, bk = data.draw(st.integers(1, 16)), data.draw(st.integers(1, 16))
+    kinds = np.asarray(masks.block_kinds(config, operands, bq, bk))[0]
+    seen = reference.dense_mask(config, operands)
+    seen = np.ones((T, S), bool) if seen is None else np.asarray(np.broadcast_to(seen, (1, 1, T, S)))[0, 0]
+    for i in range(kinds.shape[0]):
+        for j in range(kinds.shape[1]):
+            tile = seen[i * bq : (i + 1) * bq, j * bk : (j + 1) * bk]
+            assert not (kinds[i, j] == masks.SKIP and tile.any())
+            assert not (kinds[i, j] == masks.FULL and not tile.all())
+            if S % bk and j == kinds.shape[1] - 1:
+                assert kinds[i, j] != masks.FULL
+
+
+def test_gradient_of_a_bias_is_refused_or_dense(x64):
+    q, k, v = inputs("float64")
+    bias = jnp.zeros((1, 4, 130, 150))
+    scalar = lambda b, of: jnp.sum(attention(q, k, v, bias=b, implementation=of) ** 2)  # noqa: E731
+    with pytest.raises(NotImplementedError, match=r"attention: the derivative with respect to `bias` .*='reference'"):
+        jax.grad(scalar)(bias, None)
+    with pytest.raises(NotImplementedError, match=r"attention: the derivative with respect to `bias`"):
+        jax.jit(jax.grad(scalar), static_argnums=1)(bias, "xla")
+    assert jax.grad(scalar)(bias, "reference").shape == bias.shape
+    # A bias that is not differentiated is no obstacle.
+    assert jax.grad(lambda q: jnp.sum(attention(q, k, v, bias=bias)))(q).shape == q.shape
+
+
+def test_remat_scan_and_jit(x64):
+    q, k, v = inputs("float64", S=130)
+
+    def layered(q, policy):
+        def layer(x, _):
+            return x + attention(x, k, v, causal=True), None
+
+        body = jax.checkpoint(layer, policy=policy) if policy else layer
+        return jnp.sum(jax.lax.scan(body, q, None, length=3)[0] ** 2)
+
+    names = jax.checkpoint_policies.save_only_these_names("attention_output", "attention_lse")
+    want = jax.grad(layered)(q, None)
+    for policy in (names, jax.checkpoint_policies.nothing_saveable):
+        close(jax.jit(jax.grad(lambda q, p=policy: layered(q, p)))(q), want, "float64", condition=100)
+
+
+def test_eager_calls_compile_once():
+    from tests.compiles import count_compiles
+
+    arrays, fresh = inputs(seed=1), inputs(seed=2)
+    attention(*arrays, causal=True)
+    with count_compiles() as compiled:
+        attention(*fresh, causal=True)
+    assert compiled() == 0
+
+
+BAD = [
+    ({"k": (2, 150, 3, 16), "v": (2, 150, 3, 16)}, ValueError,
+     r"attention: `k` must have a number of heads that divides those of `q`, 4; got 3. Query heads share"),
+    ({"k": (2, 150, 2, 12)}, ValueError, r"attention: `k` must have shape \(2, S, Hk, 16\) to match `q` \(2, 130, 4, "),
+    ({"v": (2, 140, 2, 16)}, ValueError, r"attention: `v` must have shape \(2, 150, 2, Dv\) to match `q` .* and `k` .*; got"),
+    ({"k": (3, 150, 2, 16)}, ValueError, r"attention: `k` must have shape .*; got \(3, 150, 2, 16\). The layout is"),
+    ({"q": (130, 16)}, ValueError, r"attention: `q` must have shape \(\*B, T, Hq, D\); got \(130, 16\). The layout is"),
+    ({"q": "int32"}, TypeError, r"attention: `q` must have one of the dtypes float32, bfloat16, .*; got int32"),
+    ({"v": "bfloat16"}, TypeError, r"attention: `v` must have dtype float32 to match `q`; got bfloat16. Cast them"),
+    ({"window": (-1, 0)}, ValueError, r"attention: `window` must be a pair \(left, right\) of ints >= 0 or None; got"),
+    ({"window": 5}, ValueError, r"attention: `window` must be a pair .*; got 5"),
+    ({"soft_cap": 0.0}, ValueError, r"attention: `soft_cap` must be a positive Python number; got 0.0"),
+    ({"scale": float("nan")}, ValueError, r"attention: `scale` must be a finite Python number; got nan. Mult"),
+    ({"bias": (2, 4, 130, 1)}, ValueError, r"attention: `bias` must have shape \(2, 4, 130, 150\), with 1 where .*"),
+    ({"mask": (130, 150)}, ValueError, r"attention: `mask` must have shape .*; got \(130, 150\). The layout is"),
+    ({"mask": jnp.zeros((1, 1, 1, 150))}, TypeError, r"attention: `mask` must have dtype bool; got float32. Use `b"),
+    ({"bias": jnp.zeros((1, 1, 1, 150), bool)}, TypeError, r"attention: `bias` must have a floating.*; got bool. Use"),
+    ({"segment_ids": jnp.zeros((2, 130), int)}, ValueError, r"attention: `segment_ids` must be a pair \(ids of q, ids"),
+    ({"segment_ids": (jnp.zeros((2, 130), int), jnp.zeros((2, 130), int))}, ValueError,
+     r"attention: `segment_ids\[1\]` must have shape \(2, 150\); got \(2, 130\)"),
+    ({"segment_ids": (jnp.zeros((2, 130)), jnp.zeros((2, 150)))}, TypeError, r"`segment_ids\[0\]` must have an int"),
+    ({"q_positions": jnp.zeros(150, int)}, ValueError, r"attention: `q_positions` must have shape \(130,\); got \(150"),
+    ({"block_sizes": (128, 128)}, TypeError, r"attention: `block_sizes` must be a BlockSizes; got tuple"),
+    ({"implementation": "gpu"}, NotImplementedError, r"attention: implementation 'gpu' cannot do this call: there is"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"), BAD, ids=[f"{next(iter(c))}-{i}" for i, (c, *_) in enumerate(BAD)]
+)
+def test_bad_arguments_each_with_its_sentence(change, error, sentence):
+    arrays = dict(zip("qkv", inputs(), strict=True))
+    flags = {}
+    for name, value in change.items():
+        if name in arrays:
+            arrays[name] = arrays[name].astype(value) if isinstance(value, str) else jnp.zeros(value)
+        else:
+            flags[name] = (
+                jnp.zeros(value, "bool" if name == "mask" else "float32")
+                if (isinstance(value, tuple) and name in ("bias", "mask"))
+                else value
+            )
+    with pytest.raises(error, match=sentence):
+        jax.jit(lambda q, k, v: attention(q, k, v, **flags))(**arrays)
+
+
+def test_block_sizes_are_multiples():
+    with pytest.raises(ValueError, match="BlockSizes: `q` must be a positive multiple of 128; got 100"):
+        BlockSizes(100, 256, 128)
+    with pytest.raises(ValueError, match="BlockSizes: `kv` must be a positive multiple of 256; got 384"):
+        BlockSizes(128, 384, 256)
+
+
+def test_float16_falls_back_where_the_platform_has_none():
+    f = jax.jit(lambda q, k, v: kernels_pallas.attention(q, k, v))
+    text = jax.export.export(f, platforms=("tpu",))(*inputs("float16")).mlir_module()
+    assert "tpu_custom_call" not in text
+    assert "tpu_custom_call" in jax.export.export(f, platforms=("tpu",))(*inputs("bfloat16")).mlir_module()
