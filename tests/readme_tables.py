@@ -14,7 +14,7 @@ import sys
 from jaxnum.tour import STOPS
 from jaxnum.tour.run import load, summary
 from tests import source
-from tests.contracts import solver, test_transforms, transform
+from tests.contracts import kernel, solver, test_kernels, test_transforms, transform
 from tests.source import ROOT
 from tests.test_verbs import CASES
 
@@ -51,6 +51,21 @@ TRANSFORM = {
     "sharded": "keeps_sharding",
     "CPU": "parabola",
 }
+
+KERNEL = {
+    "jit": "check_export",
+    "vmap": "check_vmap",
+    "forward mode": "check_second_order",
+    "reverse mode": "check_gradients",
+    "second order": "check_second_order",
+    "float64": "check_forward",
+    "bfloat16": "check_forward",
+    "export": "check_export",
+    "CPU": "check_forward",
+    "TPU": "check_compiles_for_tpu",
+}
+# Where a mark would say too much.
+WORDS = {("kernels_pallas", "forward mode"): "`reference`", ("kernels_pallas", "TPU"): "compiled"}
 
 
 def main():
@@ -149,7 +164,12 @@ def support():
     for name in source.public_names():
         marks = marked(name)
         if marks:
-            rows.append((f"`{name.call}`", *("yes" if column in marks else "" for column in COLUMNS)))
+            rows.append(
+                (
+                    f"`{name.call}`",
+                    *(WORDS.get((name.room, column), "yes") if column in marks else "" for column in COLUMNS),
+                )
+            )
         else:
             without.append(f"`{name.call}`")
     return table(("", *COLUMNS), rows) + f"\n\nWithout a row, since no contract is theirs alone: {', '.join(without)}."
@@ -160,19 +180,22 @@ def marked(name):
     if name.room == "jaxnum.transforms":
         members = [m for m in test_transforms.TRANSFORMS if m.factory.__name__.split("_")[0] == name.name]
         members += [m for m in test_transforms.TRANSFORMS if name.name == f"scale_by_{m.factory.__name__}"]
-        return shown(members, TRANSFORM, transform.CHECKS)
+        return shown(members, TRANSFORM, {check.__name__ for check in transform.CHECKS})
+    if name.room == "kernels_pallas":
+        called = re.findall(r"kernel\.(check_\w+)", inspect.getsource(test_kernels))
+        run = {*called, *(f"check_{each}" for each in test_kernels.PER_IMPLEMENTATION)}
+        return shown([m for m in kernel.KERNELS if m.name == name.name], KERNEL, run)
     if name.room == "jaxnum.solvers":
         members = [m for m in solver.SOLVERS if name.name in m.make().name.split()]
     elif name.name in CASES:
         members = [m for m in solver.SOLVERS if issubclass(type(CASES[name.name][2]), m.make().problem)]
     else:
         members = solver.SOLVERS if name.name == "solve" else []
-    return shown(members, SOLVER, solver.CHECKS)
+    return shown(members, SOLVER, {check.__name__ for check in solver.CHECKS})
 
 
-def shown(members, columns, checks):
-    """The columns whose check the suite runs, for a name with members."""
-    run = {check.__name__ for check in checks}
+def shown(members, columns, run):
+    """The columns of a name with members, whose checks must all be among those that the suite runs."""
     missing = set(columns.values()) - run
     if missing:
         raise ValueError(f"the contract has no checks {sorted(missing)}")
