@@ -14,4 +14,4 @@ How to add a stop called `name`:
 4. Write `tests/tour/test_name.py`, which runs the stop at a tiny size and checks what it claims.
 """
 
-STOPS = ("digits", "colours", "poisson", "correlation")
+STOPS = ("digits", "colours", "poisson", "correlation", "language")
