@@ -43,6 +43,30 @@ def scipy(params: Params):
     return lambda A, b: scipy.sparse.linalg.cg(A, b, rtol=RTOL, atol=0.0)[0]
 
 
+def fidelity() -> dict[str, float]:
+    """Largest difference of the first twenty iterates from scipy's, relative to the solution, at n = 60."""
+    import numpy as np
+    import scipy.sparse.linalg
+
+    import jaxnum
+    from jaxnum.core.loops import begin
+
+    A, b = make({"n": 60})
+    theirs = []
+    scipy.sparse.linalg.cg(
+        np.asarray(A), np.asarray(b), rtol=1e-14, maxiter=20, callback=lambda x: theirs.append(x.copy())
+    )
+    solver, problem = jaxnum.solvers.cg(), jaxnum.Linear(A, b)
+    x = jnp.zeros_like(b)
+
+    def body(pair, _):
+        pair = solver.step(solver.hyper, *pair, problem)
+        return pair, pair[0]
+
+    ours = jax.lax.scan(body, (x, begin(solver, x, problem)), None, length=20)[1]
+    return {"iterate_gap_to_scipy": float(np.max(np.abs(ours - np.stack(theirs))) / np.max(np.abs(theirs[-1])))}
+
+
 register(
     Row(
         name="cg",
@@ -66,6 +90,7 @@ register(
                 peer="lineax",
             ),
         ),
+        figures={"fidelity": fidelity},
         x64=True,
     )
 )

@@ -46,6 +46,20 @@ def reference(params: Params):
     return lambda W, b: jnp.linalg.solve(jnp.eye(b.size) - W, b)
 
 
+def fidelity() -> dict[str, float]:
+    """Largest difference of the implicit gradient from optimistix's on x = tanh(A x + 1)."""
+    import optimistix
+
+    import jaxnum
+
+    A = jnp.array([[0.3, 0.1], [0.2, 0.4]])
+    T = lambda x, A: jnp.tanh(A @ x + 1)  # noqa: E731
+    solver = optimistix.FixedPointIteration(rtol=1e-12, atol=1e-12)
+    ours = jax.grad(lambda A: jaxnum.fixed_point(T, jnp.zeros(2), A, rtol=1e-12).x.sum())(A)
+    theirs = jax.grad(lambda A: optimistix.fixed_point(T, solver, jnp.zeros(2), A, max_steps=1000).value.sum())(A)
+    return {"gradient_gap_to_optimistix": float(jnp.max(jnp.abs(ours - theirs)))}
+
+
 register(
     Row(
         name="picard",
@@ -57,6 +71,7 @@ register(
         modes=("solve",),
         tests=("tests/solvers/test_picard.py",),
         peers={"optimistix": Peer("optimistix", optimistix)},
+        figures={"fidelity": fidelity},
         x64=True,
     )
 )

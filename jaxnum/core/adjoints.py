@@ -103,10 +103,9 @@ def _tolerance(tree: PyTree) -> float:
 
 def _replicated(solve: Callable, matvec: Matvec, rhs: PyTree, problem: Any) -> PyTree:
     """Run a solver that reshapes or contracts across leaves on unsharded copies, when the sharding is explicit."""
-    shardings = jax.tree.map(lambda leaf: getattr(jax.typeof(leaf), "sharding", None), rhs)
-    explicit = [s is not None and any(axis is not None for axis in s.spec) for s in jax.tree.leaves(shardings)]
-    if not any(explicit):
+    if not trees.explicitly_sharded(rhs):
         return solve(matvec, rhs, problem.project)
+    shardings = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, rhs)
 
     def spread(v: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf, s: jax.sharding.reshard(leaf, s), v, shardings)

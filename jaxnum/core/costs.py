@@ -84,13 +84,13 @@ class Cost:
         return jnp.sum(self.over_rows(block, u))
 
 
-def _logsumexp(M: jax.Array) -> jax.Array:
-    """Over the last axis; NaN where no entry is finite.
+def _logsumexp(M: jax.Array, axis: int = -1) -> jax.Array:
+    """Over one axis; NaN where no entry is finite.
 
     jax.nn's handles signs and weights too, which would double the graph of a solve.
     """
-    top = jax.lax.stop_gradient(jnp.max(M, axis=-1, keepdims=True))
-    return jnp.log(jnp.sum(jnp.exp(M - top), axis=-1)) + top[..., 0]
+    top = jax.lax.stop_gradient(jnp.max(M, axis=axis, keepdims=True))
+    return jnp.log(jnp.sum(jnp.exp(M - top), axis=axis)) + jnp.squeeze(top, axis)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["C"], meta_fields=[])
@@ -131,6 +131,10 @@ class DenseCost(Cost):
         """C must be a floating-point matrix."""
         checks.shape(function, cost=(self.C, "n m"))
         checks.dtype(function, "floating", cost=self.C)
+
+    def lse_cols(self, u: jax.Array, epsilon: jax.Array) -> jax.Array:
+        """As of every cost, but C stays as it lies: a transposed copy would be made on every call."""
+        return _logsumexp(u[:, None] - self.C.astype(u.dtype) / epsilon, axis=0)
 
     def over_rows(self, reduce: Callable, *rows: jax.Array) -> jax.Array:
         """All rows are one block."""

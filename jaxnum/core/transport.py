@@ -82,6 +82,12 @@ class Transport(Problem):
         _, tau_a, tau_b = self.scalars
         return (tau_a == 1) & (tau_b == 1)
 
+    @property
+    def masses(self) -> tuple[jax.Array, jax.Array]:
+        """Sum a and sum b, NaN where a weight is negative or NaN."""
+        mass_a, mass_b = (jnp.sum(jnp.where(w >= 0, w, jnp.nan).astype(self.dtype)) for w in (self.a, self.b))
+        return mass_a, mass_b
+
     def log_scalings(self, x: Pair, epsilon: jax.Array | None = None) -> Pair:
         """(f, g) / epsilon, -inf where there is no weight."""
         epsilon = self.scalars[0] if epsilon is None else epsilon
@@ -110,9 +116,10 @@ class Transport(Problem):
     def canonical(self, x: Pair) -> Pair:
         """The potentials with sum a f = sum b g in the balanced case; -inf where there is no weight."""
         f, g = finite(x, (self.a, self.b))
-        shift = (jnp.sum(self.a * f) - jnp.sum(self.b * g)) / (jnp.sum(self.a) + jnp.sum(self.b))
-        shift = jnp.where(self.balanced, shift, 0)
-        return jnp.where(self.a > 0, f - shift, -jnp.inf), jnp.where(self.b > 0, g + shift, -jnp.inf)
+        shift = (jnp.sum(self.a * f) - jnp.sum(self.b * g)) / sum(self.masses)
+        shift = jnp.where(self.balanced, shift, 0).astype(f.dtype)
+        # Of x itself: XLA compiles a kernel for the masked potentials where they are used twice.
+        return jnp.where(self.a > 0, x[0] - shift, -jnp.inf), jnp.where(self.b > 0, x[1] + shift, -jnp.inf)
 
     def preconditioned(self, v: Pair) -> Pair:
         """V divided by the diagonal of the Jacobian, epsilon^-1 P 1 / tau with P 1 taken as a."""
@@ -171,7 +178,7 @@ class Transport(Problem):
             scalar = isinstance(given, float) or hasattr(given, "dtype")
             checks.value(function, name, scalar, "be a real scalar", given, error=TypeError)
             checks.shape(function, remedy="Use vmap for several.", **{name: (given, "")})
-            checks.dtype(function, "floating", **{name: given})
+            checks.dtype(function, "floating", remedy="Use a real number.", **{name: given})
             if not (checks.traced(given) or isinstance(given, jax.ShapeDtypeStruct)):
                 ok = 0 < float(given) <= top and float(given) < jnp.inf
                 checks.value(function, name, ok, "be in (0, 1]" if top == 1.0 else "be positive and finite", given)

@@ -70,6 +70,12 @@ def where(condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
+def explicitly_sharded(a: PyTree) -> bool:
+    """Whether a leaf's type names a mesh axis, so that operands of other types must be resharded by hand."""
+    shardings = [getattr(jax.typeof(x), "sharding", None) for x in jax.tree.leaves(a)]
+    return any(s is not None and any(axis is not None for axis in s.spec) for s in shardings)
+
+
 def size(a: PyTree) -> int:
     """Number of entries over all leaves."""
     return sum(jnp.size(x) for x in jax.tree.leaves(a))

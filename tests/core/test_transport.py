@@ -67,23 +67,6 @@ def test_derivatives_match_finite_differences(x64, case):
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-8)
 
 
-def test_forward_reverse_and_second_order_agree(x64):
-    observe = observables(8, 6, True, 0.8, False)
-
-    def fn(t):
-        return observe(t, 0.1, 0.7)
-
-    t = jnp.zeros(3)
-    np.testing.assert_allclose(jax.jacfwd(fn)(t), jax.jacrev(fn)(t), rtol=1e-8, atol=1e-10)
-    hessian = jax.jit(jax.jacfwd(jax.jacrev(fn)))
-    jacobian = jax.jit(jax.jacrev(fn))
-    h = 1e-4
-    want = jnp.stack([(jacobian(t.at[k].add(h)) - jacobian(t.at[k].add(-h))) / (2 * h) for k in range(3)], axis=-1)
-    np.testing.assert_allclose(hessian(t), want, rtol=1e-5, atol=1e-6)
-    batch = jnp.stack([t, t + 0.01])
-    np.testing.assert_allclose(jax.vmap(jacobian)(batch)[1], jacobian(batch[1]), rtol=1e-7, atol=1e-10)
-
-
 def test_gauge_and_masks(x64):
     C, a, b = data()
     problem = Transport(C, a, b, 0.1)

@@ -117,25 +117,6 @@ def test_batches_equal_separate_solves(x64):
             np.testing.assert_allclose(many.x[0][i], alone.x[0], rtol=1e-9, atol=1e-11)
 
 
-def test_export_round_trip(x64):
-    C, a, b, _, _ = data(10, 8)
-    fn = jax.jit(lambda C, a, b: jaxnum.transport(C, a, b, 0.05).x)
-    back = jax.export.deserialize(jax.export.export(fn)(C, a, b).serialize())
-    np.testing.assert_allclose(back.call(C, a, b)[0], fn(C, a, b)[0], rtol=1e-13)
-
-
-def test_unrolled_derivative_equals_implicit(x64):
-    C, a, b, _, _ = data(6, 5)
-    a = (a.at[1].set(0) / (1 - a[1])).astype(a.dtype)
-
-    def value(C, adjoint):
-        f, g = jaxnum.transport(C, a, b, 0.2, rtol=1e-14, max_steps=300, adjoint=adjoint, on_failure="return").x
-        return jnp.sum(jnp.where(a > 0, f, 0) ** 2) + jnp.sum(g**3)
-
-    grads = [jax.grad(value)(C, adjoint) for adjoint in ("unrolled", "implicit")]
-    np.testing.assert_allclose(*grads, rtol=1e-6, atol=1e-9)
-
-
 def test_arguments_are_checked():
     for kwargs in ({"epsilon_scaling": 1.0}, {"momentum": 2.0}, {"stage_sweeps": 0}):
         with pytest.raises(ValueError, match=next(iter(kwargs))):

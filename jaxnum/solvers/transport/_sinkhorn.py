@@ -134,12 +134,10 @@ def _init(hyper: SinkhornHyper, x: Pair, problem: Transport) -> SinkhornState:
 
 
 def _infeasible(problem: Transport) -> jax.Array:
-    a, b = problem.a.astype(problem.dtype), problem.b.astype(problem.dtype)
     epsilon, tau_a, tau_b = problem.scalars
-    # The mass is NaN where a weight is negative or NaN.
-    mass_a, mass_b = (jnp.sum(jnp.where(w >= 0, w, jnp.nan)) for w in (a, b))
+    mass_a, mass_b = problem.masses
     # Normalised weights sum to 1 up to the rounding of each of them, so the slack is that of their own dtype.
-    rounding = precision.attainable(problem.a) * 4 * (a.size + b.size) ** 0.5
+    rounding = precision.attainable(problem.a) * 4 * (problem.a.size + problem.b.size) ** 0.5
     good = (mass_a > 0) & (mass_b > 0) & jnp.isfinite(mass_a) & jnp.isfinite(mass_b)
     good &= ~problem.balanced | (jnp.abs(mass_a - mass_b) <= rounding * mass_a)
     good &= (epsilon > 0) & (tau_a > 0) & (tau_a <= 1) & (tau_b > 0) & (tau_b <= 1)
