@@ -119,6 +119,7 @@ def _diagnostics(palettes: tuple[jnp.ndarray, jnp.ndarray], moved: Moved) -> Pic
     for solution, name, colour in ((moved.plain, "plain", ORANGE), (moved.relaxed, "over-relaxed", BLUE)):
         history = np.asarray(solution.history)[1 : int(solution.steps) + 1]
         right.plot(np.arange(1, history.size + 1), history, color=colour, label=f"{name}: {int(solution.steps)} steps")
-    right.set_ylim(top=5)
     curves(right, "marginal error", "step", "L1 norm of both errors")
+    # Over-relaxation overshoots at first. Limits on a log axis hold only once it is one.
+    right.set_ylim(top=5)
     return Picture("colours_transport", canvas, "The two clouds of colours, and the marginal error of both solves.")
