@@ -53,8 +53,8 @@ class Work(NamedTuple):
         return 2 * self.batch * self.heads * self.length**2 * self.dim
 
 
-# Best blocks (query, key, compute) of each kernel on `Work()`, found by --search with jax 0.10.2; for v5p, where all reach
-# the floor, among key blocks of 2048 and 4096.
+# Best blocks (query, key, compute) of each kernel on `Work()`, found by --search with jax 0.10.2; for v5p, where all
+# reach the floor, among key blocks of 2048 and 4096.
 BEST = {
     ("flash", "v4"): (512, 4096, 1024),
     ("splash", "v4"): (256, 4096, 1024),
