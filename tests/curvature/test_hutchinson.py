@@ -8,6 +8,7 @@ import pytest
 from matfree import stochtrace
 
 from jaxnum.curvature import hutchinson
+from kernels_pallas import attention
 from kernels_pallas.checks import DtypeError, ShapeError
 from tests.tolerances import tolerance
 
@@ -216,3 +217,18 @@ def test_bad_arguments(key):
         estimator.update(x, state, x, obj_fn=lambda p: p)
     with pytest.raises(ShapeError, match=r"hutchinson: `obj_fn\(params\)` must be one real scalar; got tuple"):
         estimator.update(x, state, x, obj_fn=lambda p: (p.sum(), p))
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_auto_goes_through_attention(key, jitted):
+    q, k, v = jax.random.normal(jax.random.key(3), (3, 1, 5, 1, 4))
+
+    def loss(params, of=None):
+        return jnp.sum(attention(q * params["w"], k, v, causal=True, implementation=of) ** 2)
+
+    params, estimator = {"w": jnp.float32(1.3)}, hutchinson(key)
+    estimate = lambda p: estimator.update(None, estimator.init(p), p, obj_fn=loss)[0]  # noqa: E731
+    got = (jax.jit(estimate) if jitted else estimate)(params)
+    want = jax.hessian(lambda w: loss({"w": w}, "reference"))(params["w"])
+    # One parameter: any probe of +-1 gives the Hessian itself.
+    np.testing.assert_allclose(got["w"], want, rtol=tolerance("float32", 100))
