@@ -212,16 +212,24 @@ class PointCloudCost(Cost):
         block = min(self.block, n)
         count = -(-n // block)
 
-        def split(leaf: jax.Array) -> jax.Array:
-            padding = [(0, count * block - n)] + [(0, 0)] * (leaf.ndim - 1)
-            return jnp.pad(leaf, padding).reshape(count, block, *leaf.shape[1:])
+        def padded(leaf: jax.Array) -> jax.Array:
+            return jnp.pad(leaf, [(0, count * block - n)] + [(0, 0)] * (leaf.ndim - 1))
 
         @jax.checkpoint
         def body(members: tuple) -> jax.Array:
             return reduce(_distances(self.kind, members[0], self.y), *members[1:])
 
-        out = jax.lax.map(body, jax.tree.map(split, (self.x, *rows)))
-        return out.reshape(count * block, *out.shape[2:])[:n]
+        def fill(i: jax.Array, out: jax.Array) -> jax.Array:
+            def at(leaf: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_slice_in_dim(leaf, i * block, block, allow_negative_indices=False)
+
+            part = body(jax.tree.map(at, members))
+            return jax.lax.dynamic_update_slice_in_dim(out, part, i * block, 0, allow_negative_indices=False)
+
+        members = jax.tree.map(padded, (self.x, *rows))
+        part = jax.eval_shape(body, jax.tree.map(lambda leaf: leaf[:block], members))
+        out = jax.lax.fori_loop(0, count, fill, jnp.zeros((count * block, *part.shape[1:]), part.dtype))
+        return out[:n]
 
 
 def _distances(kind: str, x: jax.Array, y: jax.Array) -> jax.Array:

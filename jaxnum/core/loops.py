@@ -32,18 +32,53 @@ class Measure(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """What a loop hands from step to step. `look`: whether the next step only looks; None where no step does."""
+    """What a loop hands from step to step.
+
+    Attributes:
+      x: the iterate.
+      state: the solver's state.
+      tally: int32 [4], see `_tally`. Four scalars would be four kernels to compile.
+      residual: what was measured last.
+      best: the smallest residual so far.
+      history: the residuals so far, or None.
+      checks: how many of them there are.
+    """
 
     x: PyTree
     state: PyTree
-    step: jax.Array
+    tally: jax.Array
     residual: jax.Array
-    status: jax.Array
     best: jax.Array
-    waited: jax.Array
     history: jax.Array | None
     checks: jax.Array
-    look: jax.Array | None
+
+    @property
+    def step(self) -> jax.Array:
+        """Steps taken."""
+        return _entry(self.tally, 0)
+
+    @property
+    def status(self) -> jax.Array:
+        """A `Status`, or RUNNING."""
+        return _entry(self.tally, 1)
+
+    @property
+    def waited(self) -> jax.Array:
+        """Checks since the best residual."""
+        return _entry(self.tally, 2)
+
+    @property
+    def look(self) -> jax.Array:
+        """Whether the next turn only looks."""
+        return _entry(self.tally, 3) != 0
+
+
+def _tally(step: Any, status: Any, waited: Any = 0, look: Any = False) -> jax.Array:
+    return jnp.stack([jax.lax.convert_element_type(entry, jnp.int32) for entry in (step, status, waited, look)])
+
+
+def _entry(tally: jax.Array, index: int) -> jax.Array:
+    return jax.lax.index_in_dim(tally, index, keepdims=False)
 
 
 class Limits(NamedTuple):
@@ -68,13 +103,12 @@ def begin(solver: Any, x: PyTree, problem: Any) -> PyTree:
 def start(solver: Any, x: PyTree, problem: Any, limits: Limits, history: jax.Array | None, checks: jax.Array) -> Carry:
     """Initialise the solver's state and judge the starting point, or leave the judging to the loop's first look."""
     state = solver.init(solver.hyper, x, problem)
-    zero = jnp.int32(0)
     if solver.refresh is not None:
         dtype = jax.eval_shape(solver.measure, solver.hyper, x, state, problem).residual.dtype
         unknown = jnp.full((), jnp.inf, dtype)
-        return Carry(x, state, zero, unknown, jnp.int32(RUNNING), unknown, zero, history, checks, jnp.bool_(True))
+        return Carry(x, state, _tally(0, RUNNING, look=True), unknown, unknown, history, checks)
     m = solver.measure(solver.hyper, x, state, problem)
-    carry = Carry(x, state, zero, m.residual, _judge(m, limits), m.residual, zero, history, checks, None)
+    carry = Carry(x, state, _tally(0, _judge(m, limits)), m.residual, m.residual, history, checks)
     progress.report(limits.hook, carry.step, limits.max_steps, m.residual, jnp.bool_(False))
     return _record(carry)
 
@@ -89,8 +123,7 @@ def run(solver: Any, carry: Carry, problem: Any, limits: Limits) -> Carry:
     """
 
     def unfinished(c: Carry) -> jax.Array:
-        more = c.step < limits.max_steps
-        return (c.status == RUNNING) & (more if c.look is None else more | c.look)
+        return (c.status == RUNNING) & ((c.step < limits.max_steps) | c.look)
 
     return jax.lax.while_loop(unfinished, lambda c: _chunk(solver, c, problem, limits, unrolled=False), carry)
 
@@ -125,16 +158,16 @@ def run_unrolled(solver: Any, carry: Carry, problem: Any, limits: Limits, checkp
         carry, _ = jax.lax.scan(step, carry, None, length=rest)
     if limits.refresh_every is None or limits.max_steps == 0:
         return carry
-    looked = _chunk(solver, carry._replace(look=jnp.bool_(True)), problem, trusting, unrolled=True)
+    due = carry._replace(tally=_tally(carry.step, carry.status, carry.waited, look=True))
+    looked = _chunk(solver, due, problem, trusting, unrolled=True)
     claimed = (carry.status == RUNNING) | (carry.status == Status.converged)
-    return trees.where(claimed, looked._replace(look=carry.look), carry)
+    return trees.where(claimed, looked, carry)
 
 
-def finish(carry: Carry, limits: Limits) -> Carry:
-    """Give a loop that ran out of steps its status, and say that it is over."""
-    status = jnp.where(carry.status == RUNNING, jnp.int32(Status.max_steps), carry.status)
+def finish(carry: Carry, limits: Limits) -> jax.Array:
+    """The status at the end of a loop, which may have run out of steps; say that it is over."""
     progress.report(limits.hook, carry.step, limits.max_steps, carry.residual, jnp.bool_(True))
-    return carry._replace(status=status)
+    return jnp.where(carry.status == RUNNING, jnp.int32(Status.max_steps), carry.status)
 
 
 def _chunk(solver: Any, c: Carry, problem: Any, limits: Limits, *, unrolled: bool) -> Carry:
@@ -150,10 +183,10 @@ def _chunk(solver: Any, c: Carry, problem: Any, limits: Limits, *, unrolled: boo
     steps = counted = jnp.int32(1)
     if limits.check_every > 1:
         steps = counted = jnp.minimum(limits.check_every, limits.max_steps - c.step)
-    state = c.state
-    if c.look is not None:
-        steps, counted = jnp.where(c.look, 1, steps), jnp.where(c.look, 0, counted)
-        state = solver.refresh(solver.hyper, state, c.look)
+    state, look = c.state, c.look
+    if solver.refresh is not None:
+        steps, counted = jnp.where(look, 1, steps), jnp.where(look, 0, counted)
+        state = solver.refresh(solver.hyper, state, look)
     if limits.check_every == 1:
         x, state = once(0, (c.x, state))
     elif unrolled:  # reverse mode needs a fixed trip count
@@ -162,33 +195,28 @@ def _chunk(solver: Any, c: Carry, problem: Any, limits: Limits, *, unrolled: boo
         x, state = jax.lax.fori_loop(0, steps, once, (c.x, state))
     m = solver.measure(solver.hyper, x, state, problem)
     bad = ~jnp.isfinite(m.residual)
-    waited = jnp.where(m.residual < c.best, 0, c.waited + 1)
+    step, waited = c.step + counted, jnp.where(m.residual < c.best, 0, c.waited + 1)
     rounding = m.residual <= _ROUNDINGS * precision.attainable(m.residual) * m.scale
     status = _judge(m, limits)
     status = jnp.where((status == RUNNING) & rounding & (waited >= _PATIENCE), jnp.int32(Status.stagnated), status)
-    step, look = c.step + counted, c.look
-    if c.look is not None:
-        look = jnp.zeros_like(c.look)
-    if c.look is not None and limits.refresh_every is not None:
-        claimed = (status == Status.converged) & ~c.look
+    due = jnp.bool_(False)
+    if solver.refresh is not None and limits.refresh_every is not None:
+        claimed = (status == Status.converged) & ~look
         status = jnp.where(claimed, jnp.int32(RUNNING), status)
-        look = ~c.look & (claimed | (step % limits.refresh_every < counted) | (step >= limits.max_steps))
+        due = ~look & (claimed | (step % limits.refresh_every < counted) | (step >= limits.max_steps))
     turned = Carry(
         x=trees.where(bad, c.x, x),
         # Only `finish` looks at the state after the end.
         state=state if solver.finish is None else trees.where(bad, c.state, state),
-        step=step,
+        tally=_tally(step, status, waited, due),
         residual=m.residual,
-        status=status,
         best=jnp.minimum(c.best, m.residual),
-        waited=waited,
         history=c.history,
         checks=c.checks,
-        look=look,
     )
     progress.report(limits.hook, step, limits.max_steps, m.residual, jnp.bool_(False))
     # A later look corrects a residual that is recorded already.
-    return _record(turned, None if c.look is None else ~c.look | (step == 0))
+    return _record(turned, None if solver.refresh is None else ~look | (step == 0))
 
 
 def _judge(m: Measure, limits: Limits) -> jax.Array:

@@ -308,14 +308,14 @@ def _run(options: _Options, phases: tuple[Phase, ...], x0: PyTree, tolerances: t
             carry = loops.run_unrolled(solver, carry, problem, limits, options.checkpoint_every)
         else:
             carry = loops.run(solver, carry, problem, limits)
-        carry = loops.finish(carry, limits)
+        status = loops.finish(carry, limits)
         x, history, checked = carry.x, carry.history, carry.checks
         if solver.finish is not None:
             x = solver.finish(solver.hyper, x, carry.state, problem)
         steps.append(carry.step)
     phase_steps = jnp.stack(steps)
     total = jnp.sum(phase_steps, dtype=jnp.int32)
-    return Solution(x, carry.state, total, phase_steps, carry.residual, carry.status, history)
+    return Solution(x, carry.state, total, phase_steps, carry.residual, status, history)
 
 
 def _empty_history(options: _Options, x0: PyTree) -> jax.Array:

@@ -116,10 +116,16 @@ class Transport(Problem):
     def canonical(self, x: Pair) -> Pair:
         """The potentials with sum a f = sum b g in the balanced case; -inf where there is no weight."""
         f, g = finite(x, (self.a, self.b))
-        shift = (jnp.sum(self.a * f) - jnp.sum(self.b * g)) / sum(self.masses)
-        shift = jnp.where(self.balanced, shift, 0).astype(f.dtype)
-        # Of x itself: XLA compiles a kernel for the masked potentials where they are used twice.
-        return jnp.where(self.a > 0, x[0] - shift, -jnp.inf), jnp.where(self.b > 0, x[1] + shift, -jnp.inf)
+        part = 1 / sum(self.masses)
+
+        def shifted(potential: jax.Array, w: jax.Array, own: jax.Array, other: jax.Array) -> jax.Array:
+            shift = jnp.where(self.balanced, (own - other) * part, 0).astype(potential.dtype)
+            return jnp.where(w > 0, potential - shift, -jnp.inf)
+
+        # Of x itself: XLA compiles a kernel for the masked potentials where they are used twice. Both sides subtract,
+        # so that one kernel does for both.
+        ours, theirs = jnp.sum(self.a * f), jnp.sum(self.b * g)
+        return shifted(x[0], self.a, ours, theirs), shifted(x[1], self.b, theirs, ours)
 
     def preconditioned(self, v: Pair) -> Pair:
         """V divided by the diagonal of the Jacobian, epsilon^-1 P 1 / tau with P 1 taken as a."""

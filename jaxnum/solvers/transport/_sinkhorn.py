@@ -6,12 +6,13 @@ Source: Cuturi 2013; unbalanced: Chizat et al. 2018; epsilon scaling: Schmitzer 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxnum.core import precision
+from jaxnum.core import precision, trees
 from jaxnum.core.solver import ByPrecision, Defaults, Measure, Solver
 from jaxnum.core.status import Status
 from jaxnum.core.transport import Transport
@@ -26,7 +27,7 @@ class SinkhornState(NamedTuple):
     Attributes:
       rows: row log-sum-exps at g.
       cols: column log-sum-exps at f.
-      flag: a Status found before the first step, else 0.
+      flag: a Status found by a look, else 0.
       look: whether the next step evaluates the log-sum-exps at x and leaves x alone.
       stage: where epsilon stands; None without epsilon scaling.
     """
@@ -130,7 +131,7 @@ def _init(hyper: SinkhornHyper, x: Pair, problem: Transport) -> SinkhornState:
     target, yes = problem.scalars[0], jnp.bool_(True)
     rows, cols = (jnp.zeros_like(w, problem.dtype) for w in (problem.a, problem.b))
     stage = None if hyper.decay is None else SinkhornStage(target, target, jnp.int32(0), yes, yes)
-    return SinkhornState(rows, cols, _infeasible(problem), yes, stage)
+    return SinkhornState(rows, cols, jnp.int32(0), yes, stage)
 
 
 def _infeasible(problem: Transport) -> jax.Array:
@@ -149,18 +150,39 @@ def _step(hyper: SinkhornHyper, x: Pair, state: SinkhornState, problem: Transpor
     look, stage = state.look, state.stage
     now, after = (target, target) if stage is None else (stage.epsilon, _next_epsilon(hyper, stage, look, target))
     still = look if stage is None else look | ~stage.fresh
+    flag = jnp.where(look, _infeasible(problem), 0)
     f, g = x
+    problem = _tied(problem, x)
     f = jnp.where(still, f, _update(f, state.rows, problem.a, tau_a, now, hyper.momentum))
-    cols = _held(problem.cost.lse_cols(problem.log_scalings((f, g), now)[0], now), problem.b)
+    cols = problem.cost.lse_cols(problem.log_scalings((f, g), now)[0], _variable(now, x))
+    cols = _laid(cols, problem.b)
     g = jnp.where(look, g, _update(g, cols, problem.b, tau_b, now, hyper.momentum))
-    rows = _held(problem.cost.lse_rows(problem.log_scalings((f, g), after)[1], after), problem.a)
-    new = SinkhornState(rows, cols, state.flag, jnp.zeros_like(look), stage)
+    rows = problem.cost.lse_rows(problem.log_scalings((f, g), after)[1], _variable(after, x))
+    rows = _laid(rows, problem.a)
+    new = SinkhornState(rows, cols, flag, jnp.zeros_like(look), stage)
     return (f, g), new if stage is None else new._replace(stage=_next_stage(hyper, (f, g), new, look, after, problem))
 
 
-def _held(lse: jax.Array, weights: jax.Array) -> jax.Array:
-    # No use is made of the others; the choice gives the result the sharding of the weights.
-    return jnp.where(weights > 0, lse, 0)
+def _tied(problem: Transport, x: Pair) -> Transport:
+    """The problem with weights of which XLA believes that they change with x.
+
+    Otherwise it computes masks and logarithms of the weights before the loop, each a kernel to compile and one more
+    array to read.
+    """
+    a, b = jax.lax.optimization_barrier((problem.a, problem.b, x))[:2]
+    return replace(problem, a=a, b=b)
+
+
+def _variable(epsilon: jax.Array, x: Pair) -> jax.Array:
+    # Otherwise XLA keeps C / epsilon, another matrix, through the loop.
+    return jax.lax.optimization_barrier((epsilon, x))[0]
+
+
+def _laid(lse: jax.Array, weights: jax.Array) -> jax.Array:
+    """Log-sum-exps with the sharding of the weights, where shardings are explicit."""
+    if trees.explicitly_sharded((lse, weights)):
+        return jax.sharding.reshard(lse, jax.typeof(weights).sharding)
+    return lse
 
 
 def _next_epsilon(hyper: SinkhornHyper, stage: SinkhornStage, look: jax.Array, target: jax.Array) -> jax.Array:
@@ -214,17 +236,19 @@ def _measure(hyper: SinkhornHyper, x: Pair, state: SinkhornState, problem: Trans
 
 
 def _marginal_error(x: Pair, state: SinkhornState, problem: Transport) -> jax.Array:
-    _, tau_a, tau_b = problem.scalars
-    u, v = problem.log_scalings(x)
-    wrong_a, next_a = _errors(u, state.rows, problem.a, tau_a)
-    wrong_b, next_b = _errors(v, state.cols, problem.b, tau_b)
+    problem = _tied(problem, x)
+    epsilon, tau_a, tau_b = problem.scalars
+    wrong_a, next_a = _errors(x[0], epsilon, state.rows, problem.a, tau_a)
+    wrong_b, next_b = _errors(x[1], epsilon, state.cols, problem.b, tau_b)
     return jnp.where(problem.balanced, wrong_a + wrong_b, jnp.maximum(next_a, next_b))
 
 
-def _errors(u: jax.Array, lse: jax.Array, weights: jax.Array, tau: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _errors(
+    potential: jax.Array, epsilon: jax.Array, lse: jax.Array, weights: jax.Array, tau: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """L1 error of a marginal, and the sup-norm of the next change of its log scaling."""
     held = weights > 0
-    u = jnp.where(held, u, 0)
+    u = jnp.where(held, potential, 0).astype(lse.dtype) / epsilon
     wrong = jnp.where(held, jnp.abs(jnp.exp(u + lse) - weights.astype(lse.dtype)), 0)
     logs = jnp.log(jnp.where(held, weights, 1)).astype(lse.dtype)
     change = jnp.where(held, jnp.abs(tau * (logs - lse) - u), 0)
