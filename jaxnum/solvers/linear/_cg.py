@@ -29,8 +29,7 @@ class CGState(NamedTuple):
       rz: r.z, z the preconditioned residual.
       residual: ||r||.
       scale: ||b||.
-      flag: a Status found on the way, else 0.
-      drifted: how many looks in a row found r meaningless.
+      mark: a Status found on the way; else -1 less the looks in a row that found r meaningless, 0 before any look.
       look: whether the next step recomputes r from x and leaves x alone.
     """
 
@@ -39,8 +38,7 @@ class CGState(NamedTuple):
     rz: jax.Array
     residual: jax.Array
     scale: jax.Array
-    flag: jax.Array
-    drifted: jax.Array
+    mark: jax.Array
     look: jax.Array
 
 
@@ -120,19 +118,19 @@ _DEFAULTS = Defaults(refresh_every=50)
 
 def _init(hyper: None, x: PyTree, problem: Linear) -> CGState:
     scale = trees.norm(problem.b)
-    flag = jnp.where(_asymmetric(problem.A), jnp.int32(Status.breakdown), jnp.int32(0))
+    mark = jnp.where(_asymmetric(problem.A), jnp.int32(Status.breakdown), jnp.int32(0))
     zero, still = jnp.zeros_like(scale), jax.tree.map(jnp.zeros_like, problem.b)
     # The first look finds that r = 0 is meaningless, which is no sign of drift.
-    return CGState(still, still, zero, zero, scale, flag, jnp.int32(-1), jnp.bool_(True))
+    return CGState(still, still, zero, zero, scale, mark, jnp.bool_(True))
 
 
 def _precondition(r: PyTree, problem: Linear) -> tuple[PyTree, jax.Array, jax.Array]:
-    """z = M r, r.z and ||r||."""
+    """z = M r, r.z and r.r."""
     rr = trees.vdot(r, r)
     if problem.preconditioner is None:
-        return r, rr, jnp.sqrt(rr)
+        return r, rr, rr
     z = problem.project(problem.preconditioned(r))
-    return z, trees.vdot(r, z), jnp.sqrt(rr)
+    return z, trees.vdot(r, z), rr
 
 
 def _asymmetric(A: Any) -> jax.Array:
@@ -146,58 +144,57 @@ def _asymmetric(A: Any) -> jax.Array:
 def _advance(
     x: PyTree, p: PyTree, state: CGState, rp: jax.Array, problem: Linear
 ) -> tuple[PyTree, PyTree, PyTree, jax.Array, jax.Array]:
-    """One exact line search along p: the new x and r, q = A p, p.q, a flag. On a look: x as it is, r = b - A x."""
+    """One exact line search along p: the new x and r, q = A p, p.q, a mark. On a look: x as it is, r = b - A x."""
     look = state.look
     q = problem.matvec(trees.where(look, x, p))
-    pq = jnp.where(look, 1, trees.vdot(p, q))
-    # NaN passes on purpose: it ends in the residual, and the driver sees it.
-    flat = pq <= 0
-    alpha = jnp.where(look | flat, 0, rp / jnp.where(flat, 1, pq))
+    pq = trees.vdot(p, q)
+    alpha = _ratio(look, rp, pq)
     raw = trees.add_scaled(trees.where(look, problem.b, state.r), -jnp.where(look, 1, alpha), q)
     r = problem.project(raw)
-    flag = state.flag
+    mark = state.mark
     if problem.null_space is not None:
         # What the projection removes must be rounding: else b or the image of A leaves the complement.
         removed = trees.norm(trees.sub(raw, r)) > jnp.finfo(pq.dtype).eps ** 0.5 * state.scale
-        flag = jnp.where(look & removed, jnp.int32(Status.infeasible), flag)
-    return trees.add_scaled(x, alpha, p), r, q, pq, flag
+        mark = jnp.where(look & removed, jnp.int32(Status.infeasible), mark)
+    return trees.add_scaled(x, alpha, p), r, q, pq, mark
 
 
-def _broken(pq: jax.Array, rz: jax.Array, residual: jax.Array, flag: jax.Array) -> jax.Array:
-    bad = (pq <= 0) | ((rz <= 0) & (residual > 0))
-    return jnp.where(bad, jnp.int32(Status.breakdown), flag)
+def _ratio(look: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The quotient a / b, 0 on a look and where b <= 0. NaN passes: it ends in the residual, and the driver sees it."""
+    flat = b <= 0
+    return jnp.where(look | flat, 0, a / jnp.where(flat, 1, b))
 
 
 def _judge(
-    x: PyTree, r: PyTree, pq: jax.Array, rz: jax.Array, residual: jax.Array, flag: jax.Array, state: CGState
+    x: PyTree, r: PyTree, pq: jax.Array, rz: jax.Array, rr: jax.Array, mark: jax.Array, state: CGState
 ) -> tuple[PyTree, jax.Array, CGState]:
     """The x and the state of the next step, p still to be set, and whether the directions are stale."""
     look = state.look
     # Where r has little to do with the residual of x, the directions made from it are stale too.
-    lost = look & (residual > 0) & (state.residual <= 0.5 * residual)
-    drifted = jnp.where(look, jnp.where(lost, state.drifted + 1, 0), state.drifted)
-    bad = (pq <= 0) | ((rz <= 0) & (residual > 0))
-    flag = jnp.where(bad, jnp.maximum(flag, jnp.int32(Status.breakdown)), flag)
-    flag = jnp.where(drifted >= 2, jnp.maximum(flag, jnp.int32(Status.stagnated)), flag)
+    lost = look & (rr > 0) & (state.residual * state.residual <= 0.25 * rr)
+    mark = jnp.where(look & (mark <= 0), jnp.where(lost, mark - 1, -1), mark)
+    mark = jnp.where(mark < -2, jnp.int32(Status.stagnated), mark)
+    bad = (~look & (pq <= 0)) | ((rz <= 0) & (rr > 0))
+    mark = jnp.where(bad, jnp.maximum(mark, jnp.int32(Status.breakdown)), mark)
     # For b = 0 no residual above zero is small relative to ||b||, but the answer is known.
     null = (state.scale == 0) & ~look
     x = jax.tree.map(lambda leaf: jnp.where(null, 0, leaf), x)
-    residual = jnp.where(null, 0, residual)
-    return x, lost, CGState(r, state.p, rz, residual, state.scale, flag, drifted, jnp.zeros_like(look))
+    residual = jnp.where(null, 0, jnp.sqrt(rr))
+    return x, lost, CGState(r, state.p, rz, residual, state.scale, mark, jnp.zeros_like(look))
 
 
 def _step(hyper: None, x: PyTree, state: CGState, problem: Linear) -> tuple[PyTree, CGState]:
-    x, r, _, pq, flag = _advance(x, state.p, state, state.rz, problem)
-    z, rz, residual = _precondition(r, problem)
-    x, lost, new = _judge(x, r, pq, rz, residual, flag, state)
+    x, r, _, pq, mark = _advance(x, state.p, state, state.rz, problem)
+    z, rz, rr = _precondition(r, problem)
+    x, lost, new = _judge(x, r, pq, rz, rr, mark, state)
     kept = state.look & ~lost
-    beta = jnp.where(state.look, 0, rz / jnp.where(state.rz == 0, 1, state.rz))
+    beta = _ratio(state.look, rz, state.rz)
     p = trees.combine(jnp.where(kept, 0, jnp.ones_like(beta)), z, jnp.where(kept, 1, beta), state.p)
     return x, new._replace(p=p)
 
 
 def _measure(hyper: Any, x: PyTree, state: CGState, problem: Linear) -> Measure:
-    return Measure(state.residual, state.scale, state.flag)
+    return Measure(state.residual, state.scale, jnp.maximum(state.mark, 0))
 
 
 def _refresh(hyper: None, state: CGState, due: jax.Array) -> CGState:
@@ -226,10 +223,10 @@ def _flexible_step(
         base.p,
         state.directions,
     )
-    x, r, q, pq, flag = _advance(x, p, base, trees.vdot(p, base.r), problem)
+    x, r, q, pq, mark = _advance(x, p, base, trees.vdot(p, base.r), problem)
     q = problem.project(q)
-    z, rz, residual = _precondition(r, problem)
-    x, _, new = _judge(x, r, pq, rz, residual, flag, base)
+    z, rz, rr = _precondition(r, problem)
+    x, _, new = _judge(x, r, pq, rz, rr, mark, base)
     here = (jnp.arange(m, dtype=jnp.int32) == slot) & ~base.look
 
     def put(ring: jax.Array, new: jax.Array) -> jax.Array:
