@@ -31,6 +31,7 @@ def primitive(
     xla: Mapping[str, Implementation],
     accelerated: Mapping[str, Implementation],
     unsupported: Mapping[str, Callable[..., str | None]],
+    shareable: Callable[[PyTree], PyTree],
 ) -> Callable[..., list[jax.Array]]:
     """A call whose implementation is chosen by the platform it is lowered for.
 
@@ -41,11 +42,13 @@ def primitive(
       accelerated: kernels by implementation name ("tpu", "gpu"); each takes (static, operands) like the others.
       unsupported: by implementation name, `unsupported(static, operands)` gives the reason why a kernel cannot do a
         call, or None.
+      shareable: `shareable(operands)`, a tree like the operands of bools: whether a leaf may have 1 in place of the
+        batch because the whole batch shares it.
 
     Returns:
       `call(implementation, static, operands)`; static is hashable, operands a pytree of arrays whose every leaf has
-      the batch as its first axis, or 1 there when it is shared. Under vmap the mapped axis joins the batch. The result
-      is a flat list of arrays, each with the batch first.
+      the batch as its first axis. Under vmap the mapped axis joins the batch. The result is a flat list of arrays,
+      each with the batch first.
     """
     prim = jex.Primitive(name)
     prim.multiple_results = True
@@ -81,9 +84,9 @@ def primitive(
         return lower
 
     def batch(leaves: tuple, axes: tuple, *, implementation: str | None, static: Any, tree: Any) -> tuple:
-        outputs, size = _merge(leaves, axes, lambda merged: prim.bind(
-            *merged, implementation=implementation, static=static, tree=tree
-        ))  # fmt: skip
+        may_share = jax.tree.leaves(shareable(jax.tree.unflatten(tree, leaves)))
+        merged, size = _merge(leaves, axes, may_share)
+        outputs = prim.bind(*merged, implementation=implementation, static=static, tree=tree)
         return [out.reshape(size, -1, *out.shape[1:]) for out in outputs], [0] * len(outputs)
 
     @lru_cache(maxsize=1024)
@@ -104,20 +107,20 @@ def primitive(
     return call
 
 
-def _merge(leaves: tuple, axes: tuple, call: Callable) -> tuple[list[jax.Array], int]:
-    """Join a mapped axis with the batch axis that every operand has first; what is shared by all stays shared."""
+def _merge(leaves: tuple, axes: tuple, may_share: list[bool]) -> tuple[list[jax.Array], int]:
+    """Join a mapped axis with the batch axis that every operand has first; what the whole batch shares stays shared."""
     size = next(leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True) if axis is not None)
     moved = [leaf if axis is None else jnp.moveaxis(leaf, axis, 0) for leaf, axis in zip(leaves, axes, strict=True)]
     lead = max(leaf.shape[0 if axis is None else 1] for leaf, axis in zip(moved, axes, strict=True))
     merged = []
-    for leaf, axis in zip(moved, axes, strict=True):
-        if axis is None and leaf.shape[0] == 1 and lead * size > 1:
+    for leaf, axis, shared in zip(moved, axes, may_share, strict=True):
+        if axis is None and shared and leaf.shape[0] == 1:
             merged.append(leaf)
             continue
         spread = leaf[None] if axis is None else leaf
         spread = jnp.broadcast_to(spread, (size, lead, *spread.shape[2:]))
         merged.append(spread.reshape(size * lead, *spread.shape[2:]))
-    return call(merged), size
+    return merged, size
 
 
 # --- Forward mode. ----------------------------------------------------------------------------------------------------

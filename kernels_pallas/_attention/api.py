@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas import checks, dispatch
 from kernels_pallas._attention import reference, xla
-from kernels_pallas._attention.config import BlockSizes, Config, Operands, accumulator
+from kernels_pallas._attention.config import BlockSizes, Config, Operands, accumulator, tpu_blocks
 
 _IMPLEMENTATIONS = (None, "reference", "xla", "tpu", "gpu")
+# Positions beyond this could leave int32 when a window is added to them.
+_FARTHEST = 2**30
+# Entries of the block map that a TPU core can hold in scalar memory.
+_TPU_MAP_ENTRIES = 2**16
+_SHARED = ("bias", "mask", "q_positions", "kv_positions")
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 
 
@@ -50,12 +57,12 @@ def attention(
       k: keys [*B, S, Hk, D] of the same dtype; Hk divides Hq, and query head h reads key head h // (Hq / Hk).
       v: values [*B, S, Hk, Dv] of the same dtype.
       bias: added to the scaled scores, [*B, Hq, T, S], floating point; each of *B, Hq, T may be 1.
-      mask: True where a query may see a key, [*B, Hq, T, S], bool; every axis may be 1. Keys and values that it hides
-        must be finite.
-      segment_ids: int [*B, T] for both sides, or a pair ([*B, T], [*B, S]); only equal ids see each other. A negative
-        id is padding: it sees nothing, is seen by nothing, and its q, k, v may hold anything, NaN included.
-      q_positions: int [T] or [*B, T]; default 0, 1, ...
-      kv_positions: int [S] or [*B, S]; default 0, 1, ...
+      mask: True where a query may see a key, [*B, Hq, T, S], bool; every axis may be 1.
+      segment_ids: int32 [*B, T] for both sides, or a pair ([*B, T], [*B, S]); only equal ids see each other. A negative
+        id is padding: it sees nothing, is seen by nothing, and its q, k, v may hold anything, NaN included. What is
+        hidden in any other way must be finite.
+      q_positions: int [T] or [*B, T], less than 2^30 in absolute value; default 0, 1, ...
+      kv_positions: int [S] or [*B, S], likewise; default 0, 1, ...
       causal: hide keys behind the query's position.
       window: (left, right), how far a query sees in positions, ints >= 0; None for no limit on that side.
       soft_cap: bound of the scores, > 0, before hiding.
@@ -75,14 +82,17 @@ def attention(
       NotImplementedError: a named implementation cannot do this call, or does not run on the platform.
       TypeError: forward-mode differentiation through anything but "reference".
 
-    Cost: 2 T S Hq (D + Dv) flops forward, 2.5 times that backward; blocks that nobody sees cost nothing. Memory
-      O(T + S), except "reference": O(T S).
+    Cost: 2 T S Hq (D + Dv) flops forward, 2.5 times that backward; blocks that positions or segments
+      hide cost nothing. Memory O(T + S), except "reference": O(T S).
 
     Numerics: scores, statistics and sums in float32 (float64 for float64 inputs); 16-bit weights are rounded to the
-      dtype of v before the product with v on accelerators.
+      dtype of v before the product with v on accelerators. Hide with `mask` or a bias of -inf, not with a huge finite
+      bias: o is right then too, but the gradient of a row whose every score is huge is not, since lse cannot hold
+      log S beside such a score.
 
     Derivatives: with respect to q, k and v in reverse mode, and reverse over reverse, whose second pass is dense; all
-      modes and orders, and the derivative with respect to bias, through "reference".
+      modes and orders, and the derivative with respect to bias, through "reference". The implicit derivative of a solve
+      whose map holds attention is taken in forward mode, and so needs "reference".
 
     Source: Dao, Fu, Ermon, Rudra & Ré, "FlashAttention" (2022), alg. 1; Dao, "FlashAttention-2" (2023), alg. 1 and 2;
       online softmax: Milakov & Gimelshein (2018). The cotangent of lse enters delta = rowsum(do o) - dlse.
@@ -153,11 +163,14 @@ def prepare(
     for argument, x, n in (("segment_ids[0]", segments[0], T), ("segment_ids[1]", segments[1], S)):
         checks.shape(name, remedy="One id a token.", **{argument: (x, " ".join(map(str, (*batch, n))))})
         checks.dtype(name, "integer", **{argument: x})
+        _check_range(name, argument, x)
     for argument, x, n in (("q_positions", q_positions, T), ("kv_positions", kv_positions, S)):
         wide = x is not None and jnp.ndim(x) > 1
         spec = " ".join(map(str, (*batch, n) if wide else (n,)))
         checks.shape(name, remedy="One position a token.", **{argument: (x, spec)})
         checks.dtype(name, "integer", remedy="Positions are whole numbers.", **{argument: x})
+        _check_range(name, argument, x)
+    checks.value(name, "causal", isinstance(causal, (bool, np.bool_)), "be a Python bool", causal, "Use `mask`.")
     config = Config(
         bool(causal),
         _check_window(name, window),
@@ -260,11 +273,22 @@ def _check_window(name: str, window: Any) -> tuple[int | None, int | None] | Non
     ok = (
         isinstance(window, (tuple, list))
         and len(window) == 2
-        and all(w is None or (isinstance(w, int) and not isinstance(w, bool) and w >= 0) for w in window)
+        and all(w is None or (isinstance(w, numbers.Integral) and not isinstance(w, bool) and w >= 0) for w in window)
     )
     checks.value(name, "window", ok, "be a pair (left, right) of ints >= 0 or None", window)
-    left, right = window
+    # Positions are below 2^30, so that neither their sum with a side nor their difference leaves int32.
+    left, right = (None if w is None or w >= 2**31 - 1 - _FARTHEST else int(w) for w in window)
     return None if left is None and right is None else (left, right)
+
+
+def _check_range(name: str, argument: str, x: Any) -> None:
+    """Concrete integers that int32 might cut must lie well inside it; traced ones are taken at their word."""
+    if x is None or isinstance(x, jax.core.Tracer) or np.size(x) == 0:
+        return
+    x = np.asarray(x)
+    low, high = int(x.min()), int(x.max())
+    ok = low > -_FARTHEST and high < _FARTHEST
+    checks.value(name, argument, ok, f"lie strictly between -2^30 and 2^30, {-_FARTHEST} and {_FARTHEST}", (low, high))
 
 
 def _check_number(name: str, argument: str, given: Any, *, positive: bool) -> float | None:
@@ -272,7 +296,7 @@ def _check_number(name: str, argument: str, given: Any, *, positive: bool) -> fl
         return None
     wanted = "be a positive Python number" if positive else "be a finite Python number"
     remedy = "" if positive else "Multiply a traced scale into q."
-    ok = isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given)
+    ok = isinstance(given, numbers.Real) and not isinstance(given, bool) and math.isfinite(given)
     checks.value(name, argument, ok and (given > 0 or not positive), wanted, given, remedy)
     return float(given)
 
@@ -282,6 +306,11 @@ def _default_scale(scale: float | None, dim: int) -> float:
 
 
 def _check_implementation(implementation: str | None, config: Config, operands: Operands) -> None:
+    if implementation != "reference" and any(map(_explicitly_sharded, jax.tree.leaves(operands))):
+        raise NotImplementedError(
+            "attention: explicitly sharded arrays are served by implementation='reference' only. "
+            "Call it inside jax.shard_map over batch and heads, or use a mesh of automatic axes."
+        )
     reason = None
     if implementation == "gpu":
         reason = "there is no Mosaic GPU kernel of it yet"
@@ -294,11 +323,24 @@ def _check_implementation(implementation: str | None, config: Config, operands: 
         )
 
 
+def _explicitly_sharded(x: jax.Array) -> bool:
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    return sharding is not None and any(axis is not None for axis in sharding.spec)
+
+
 def _not_on_tpu(config: Config, operands: Operands) -> str | None:
     """Why the TPU kernel cannot do a call, or None."""
-    return {"float64": "TPUs have no float64", "float16": "TPUs have no float16; cast to bfloat16"}.get(
-        operands.q.dtype.name
-    )
+    q, k = operands.q, operands.k
+    if q.dtype in (jnp.float64, jnp.float16):
+        return f"TPUs have no {q.dtype.name}; cast to float32 or bfloat16"
+    if not all(isinstance(size, int) for size in (*q.shape, *k.shape)):
+        return "its blocks need sizes that are known, not symbolic ones"
+    blocks = tpu_blocks(config, operands)
+    of_batch = [x for x in (operands.q_segments, operands.q_positions, operands.kv_positions) if x is not None]
+    maps = max((x.shape[0] for x in of_batch), default=1)
+    if maps * -(-q.shape[1] // blocks.q) * -(-k.shape[1] // blocks.kv) > _TPU_MAP_ENTRIES:
+        return f"its map of visible blocks would have more than {_TPU_MAP_ENTRIES} entries; use larger blocks"
+    return None
 
 
 def _nothing(operands: Operands) -> tuple[jax.Array, jax.Array]:
@@ -354,13 +396,17 @@ def _backward(config: Config, operands: Operands, o: Any, lse: Any, o_cotangent:
 
 
 def _backward_fwd(config: Config, *inputs: Any) -> tuple:
-    operands, _, _, *cotangents = inputs
-    return _backward(config, *inputs), (operands, cotangents)
+    operands, _, lse, *cotangents = inputs
+    return _backward(config, *inputs), (operands, lse, cotangents)
 
 
 def _backward_bwd(config: Config, saved: tuple, cotangents: tuple) -> tuple:
     """The derivative of the backward pass, dense: o and lse are seen as functions of the operands here."""
-    operands, (o_cotangent, lse_cotangent) = saved
+    operands, lse, (o_cotangent, lse_cotangent) = saved
+    # As in the backward pass itself: what comes back from a row that sees nothing does not count.
+    sees = lse != -jnp.inf
+    o_cotangent = jnp.where(jnp.swapaxes(sees, 1, 2)[..., None], o_cotangent, 0)
+    lse_cotangent = jnp.where(sees, lse_cotangent, 0)
 
     def pulled(q: Any, k: Any, v: Any, *given: Any) -> tuple:
         def run(q: Any, k: Any, v: Any) -> tuple:
@@ -390,6 +436,13 @@ def _backward_shapes(config: Config, operands: tuple) -> tuple[jax.ShapeDtypeStr
     return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[0][:3])
 
 
+def _shareable(operands: Operands) -> Operands:
+    """A bias, a mask and positions may be shared by the whole batch."""
+    return Operands(
+        *(None if x is None else name in _SHARED for name, x in zip(Operands._fields, operands, strict=True))
+    )
+
+
 def _xla_backward(sequential: bool) -> Callable:
     return lambda config, operands: xla.backward(config, *operands, sequential=sequential)
 
@@ -407,6 +460,7 @@ _forward = dispatch.primitive(
     xla={"default": partial(xla.forward, sequential=False), "cpu": partial(xla.forward, sequential=True)},
     accelerated={"tpu": _tpu_forward},
     unsupported={"tpu": _not_on_tpu},
+    shareable=_shareable,
 )
 _backward_call = dispatch.primitive(
     "attention_backward",
@@ -414,4 +468,5 @@ _backward_call = dispatch.primitive(
     xla={"default": _xla_backward(False), "cpu": _xla_backward(True)},
     accelerated={},
     unsupported={},
+    shareable=lambda operands: (_shareable(operands[0]), *(False,) * 4),
 )

@@ -77,6 +77,32 @@ class Operands(NamedTuple):
     kv_positions: Any = None
 
 
+# Found by compiling for v5e and v6e. A long key block lets the next product start while the exponentials of the last
+# are still at work; where blocks can be skipped, short ones skip more.
+_TPU_BLOCKS = BlockSizes(512, 4096, 1024)
+_TPU_HIDING_BLOCKS = BlockSizes(1024, 1024, 1024)
+_TPU_WIDE_BLOCKS = BlockSizes(512, 1024, 512)
+_TPU_WIDEST_BLOCKS = BlockSizes(256, 256, 256)
+
+
+def tpu_blocks(config: Config, operands: Operands) -> BlockSizes:
+    """Blocks of the TPU kernel, no longer than the lengths padded to whole lanes."""
+    T, S = operands.q.shape[1], operands.k.shape[1]
+    width = max(operands.q.shape[3], operands.v.shape[3]) * operands.q.dtype.itemsize
+    hides = config.causal or config.window is not None or operands.q_segments is not None
+    if config.blocks is not None:
+        blocks = config.blocks
+    elif width > 1024:
+        blocks = _TPU_WIDEST_BLOCKS
+    elif width > 256 or operands.bias is not None or operands.mask is not None:
+        blocks = _TPU_WIDE_BLOCKS
+    else:
+        blocks = _TPU_HIDING_BLOCKS if hides else _TPU_BLOCKS
+    up = lambda n, m: -(-n // m) * m  # noqa: E731
+    compute = min(blocks.compute, up(S, _LANES))
+    return BlockSizes(min(blocks.q, up(T, _LANES)), min(blocks.kv // compute * compute, up(S, compute)), compute)
+
+
 def accumulator(dtype: Any) -> Any:
     """Scores, statistics and sums are kept in float32, or in float64 when the inputs are."""
     return jnp.promote_types(dtype, jnp.float32)

@@ -24,7 +24,7 @@ def forward(config: Config, operands: Operands) -> tuple[jax.Array, jax.Array]:
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
     p = jnp.exp(s - top)
     total = jnp.sum(p, axis=-1)
-    sees = total > 0
+    sees = total != 0
     safe = jnp.where(sees, total, 1)
     lse = jnp.where(sees, top[..., 0] + jnp.log(safe), -jnp.inf)
     p = p / safe[..., None]
@@ -33,7 +33,9 @@ def forward(config: Config, operands: Operands) -> tuple[jax.Array, jax.Array]:
     grouped = p.reshape(B, k_heads, H // k_heads, T, S)
     v = operands.v.astype(s.dtype)
     o = jnp.einsum("bhgts,bshd->bthgd", grouped, v, precision=jax.lax.Precision.HIGHEST)
-    return o.reshape(B, T, H, v_dim).astype(operands.q.dtype), lse
+    # Already 0 where nothing is seen; said once more so that no cotangent, NaN included, comes back from there.
+    o = jnp.where(jnp.swapaxes(sees, 1, 2)[..., None], o.reshape(B, T, H, v_dim), 0)
+    return o.astype(operands.q.dtype), lse
 
 
 def scores(config: Config, operands: Operands) -> jax.Array:

@@ -4,7 +4,8 @@ Grid (batch, query head, query block, live key block): the key axis runs in orde
 Which key blocks are live, and which of these hold hidden entries, comes in as scalars that are known before the grid
 starts: a step past the last live block points at the block already there, so it moves nothing and computes nothing.
 
-Notation: s scores in base 2 (premultiplied by log2 e, so that exp2 replaces exp), m running maximum, l normaliser,
+Notation: s scores in base 2 (premultiplied by log2 e, so that exp2 replaces exp; in natural units beside a bias, which
+may be as large as its dtype allows), m running maximum, l normaliser,
 acc the output before division. m and l are kept once a lane, [bq, 128]: a column would be relaid out at every use.
 l adds up lane by lane and is summed across lanes once, at the end.
 """
@@ -20,15 +21,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas._attention import masks
-from kernels_pallas._attention.config import BlockSizes, Config, Operands, precision
+from kernels_pallas._attention.config import BlockSizes, Config, Operands, precision, tpu_blocks
 
 _LANES = 128
 _LOG2E = 1.4426950408889634
-# Found by compiling for v5e and v6e. A long key block lets the next product start while the exponentials of the last
-# are still at work; where blocks can be skipped, short ones skip more.
-_BLOCKS = BlockSizes(512, 4096, 1024)
-_HIDING_BLOCKS = BlockSizes(1024, 1024, 1024)
-_WIDE_BLOCKS = BlockSizes(512, 1024, 512)
 
 
 def forward(config: Config, operands: Operands, *, interpret: Any = False) -> tuple[jax.Array, jax.Array]:
@@ -39,11 +35,20 @@ def forward(config: Config, operands: Operands, *, interpret: Any = False) -> tu
       operands: arrays of the call.
       interpret: an interpreter's parameters, for machines without a TPU.
     """
+    bias = operands.bias
+    if bias is not None and bias.dtype != jnp.bfloat16:
+        operands = operands._replace(bias=bias.astype(jnp.float32))
+    # With x64 on, Python's ints in index maps would be 64 bits wide, which the compiler does not take.
+    with jax.enable_x64(False):
+        return _forward(config, operands, interpret)
+
+
+def _forward(config: Config, operands: Operands, interpret: Any) -> tuple[jax.Array, jax.Array]:
     from jax.experimental.pallas import tpu as pltpu
 
     B, T, H, D = operands.q.shape
     S, k_heads, v_dim = operands.v.shape[1:]
-    blocks = _clipped(config.blocks or _default_blocks(config, operands), T, S)
+    blocks = tpu_blocks(config, operands)
     inputs, kinds = _prepare(config, operands, blocks)
     order, count = _live(kinds)
     rows, columns = kinds.shape[1:]
@@ -123,20 +128,6 @@ def forward(config: Config, operands: Operands, *, interpret: Any = False) -> tu
     )(order, count, kinds.reshape(-1), *inputs.values())
     lse = lse[:, :, :, 0].reshape(B, H, -1)[:, :, :T]
     return jnp.swapaxes(o[:, :, :T, :v_dim], 1, 2), lse
-
-
-def _default_blocks(config: Config, operands: Operands) -> BlockSizes:
-    wide = operands.q.dtype.itemsize > 2 or max(operands.q.shape[3], operands.v.shape[3]) > _LANES
-    if wide or operands.bias is not None or operands.mask is not None:
-        return _WIDE_BLOCKS
-    return _HIDING_BLOCKS if masks.masked(config, operands) else _BLOCKS
-
-
-def _clipped(blocks: BlockSizes, T: int, S: int) -> BlockSizes:
-    """Blocks no longer than the lengths, padded to whole lanes."""
-    up = lambda n, m: -(-n // m) * m  # noqa: E731
-    compute = min(blocks.compute, up(S, _LANES))
-    return BlockSizes(min(blocks.q, up(T, _LANES)), min(blocks.kv // compute * compute, up(S, compute)), compute)
 
 
 def _prepare(config: Config, operands: Operands, blocks: BlockSizes) -> tuple[dict[str, jax.Array], Any]:
@@ -245,9 +236,10 @@ def _kernel(
     @pl.when(j == columns - 1)
     def _() -> None:
         total = jnp.sum(l_ref[...], axis=1, keepdims=True)  # [bq, 1]
-        sees = total > 0
+        sees = total != 0
+        unit = _unit(inputs)
         o_ref[...] = (acc_ref[...] * jnp.where(sees, 1 / jnp.where(sees, total, 1), 0)).astype(o_ref.dtype)
-        lse = jnp.where(sees, (m_ref[...] + jnp.log2(jnp.where(sees, total, 1))) / _LOG2E, -jnp.inf)  # [bq, 128]
+        lse = jnp.where(sees, m_ref[...] / unit + jnp.log2(jnp.where(sees, total, 1)) / _LOG2E, -jnp.inf)  # [bq, 128]
         lse_ref[...] = lse.T[:8]
 
 
@@ -255,6 +247,8 @@ def _tile(
     config: Config, inputs: dict[str, Any], at: int, seen: Any, blocks: BlockSizes, m_ref: Any, l_ref: Any, acc_ref: Any
 ) -> None:
     """One step of online softmax with `compute` keys."""
+    unit = _unit(inputs)
+    power = jnp.exp2 if unit != 1 else lambda x: jnp.exp2(x * _LOG2E)
     span = pl.ds(at, blocks.compute)
     q, k = inputs["q"][...], inputs["k"][span, :]
     # Contracting the last axes of both needs no transpose.
@@ -267,17 +261,17 @@ def _tile(
             s = s + inputs["bias"][:, span].astype(jnp.float32)
         if config.soft_cap is not None:
             s = config.soft_cap * jnp.tanh(s / config.soft_cap)
-        s = s * _LOG2E
+        s = s * unit if unit != 1 else s
     else:
-        s = s * (config.scale * _LOG2E)
+        s = s * (config.scale * unit)
     if seen is not None:
         s = jnp.where(seen, s, -jnp.inf)
     m = m_ref[...]  # [bq, 128]
     top = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
     # -inf - -inf is NaN: a row that has seen nothing yet shifts by 0. A bias may hold -inf too.
     safe = jnp.where(top == -jnp.inf, 0.0, top) if seen is not None or "bias" in inputs else top
-    p = jnp.exp2(s - _across(safe, blocks.compute))
-    shrink = jnp.exp2(m - safe)
+    p = power(s - _across(safe, blocks.compute))
+    shrink = power(m - safe)
     m_ref[...] = top
     l_ref[...] = shrink * l_ref[...] + sum(
         (p[:, lane : lane + _LANES] for lane in range(_LANES, blocks.compute, _LANES)), p[:, :_LANES]
@@ -291,6 +285,11 @@ def _tile(
         preferred_element_type=jnp.float32,
     )
     acc_ref[...] = _across(shrink, acc_ref.shape[1]) * acc_ref[...] + weighted
+
+
+def _unit(inputs: dict[str, Any]) -> float:
+    """What scores are multiplied by: log2 e, or 1 beside a bias, which the factor could overflow."""
+    return 1.0 if "bias" in inputs else _LOG2E
 
 
 def _across(x: jax.Array, width: int) -> jax.Array:

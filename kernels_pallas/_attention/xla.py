@@ -65,7 +65,7 @@ def backward(
     acc = accumulator(operands.q.dtype)
     dtype, scale = operands.q.dtype, config.scale
     config, operands = _scaled(config, operands, sequential)
-    sees = jnp.isfinite(lse)
+    sees = lse != -jnp.inf
     delta = jnp.swapaxes(jnp.sum(o_cotangent.astype(acc) * o.astype(acc), axis=-1), 1, 2)
     # A row that sees nothing has no gradient, whatever its cotangents are.
     delta = jnp.where(sees, delta - lse_cotangent, 0)
@@ -307,7 +307,7 @@ def _forward_row(config: Config, at: _Place, i: jax.Array, dtype: Any) -> tuple[
     if at.blocks.first is not None:
         carry = jax.lax.fori_loop(whole, last, partial(step, whole=False), carry)
     m, l, o = carry
-    sees = l > 0
+    sees = l != 0
     l = jnp.where(sees, l, 1)
     return (o / l[:, None]).astype(dtype), jnp.where(sees, m + jnp.log(l), -jnp.inf)
 

@@ -27,12 +27,14 @@ class KernelMember(NamedTuple):
       name: of the operation.
       api: the public function, `api(*arrays, implementation=, **flags)`; returns a tuple of arrays.
       implementations: by name, what runs here: `run(arrays, flags)`, a tuple of arrays.
+      backward: by name, backward passes that dispatch does not choose here: `run(arrays, flags, cotangents)`.
       case: makes inputs, and knows the operation.
     """
 
     name: str
     api: Callable
     implementations: Mapping[str, Callable]
+    backward: Mapping[str, Callable]
     case: Any
 
     def loss(self, implementation: str, flags: dict, weights: tuple) -> Callable:
@@ -46,7 +48,9 @@ class KernelMember(NamedTuple):
 
 
 KERNELS = [
-    KernelMember("attention", AttentionCase.api, AttentionCase.implementations(), AttentionCase()),
+    KernelMember(
+        "attention", AttentionCase.api, AttentionCase.implementations(), AttentionCase.backward(), AttentionCase()
+    ),
 ]
 DIFFERENTIATED = ("xla",)
 
@@ -95,6 +99,21 @@ def check_gradients(m: KernelMember, implementation: str, dtype: str) -> None:
             close(g, w, dtype, m.case.terms, f"gradient of {implementation} {name}", factor=4.0)
 
 
+def check_backward(m: KernelMember, name: str, dtype: str) -> None:
+    """A backward pass that other platforms run gives the reference's cotangents too."""
+    for case, (arrays, flags) in m.case.cases(dtype).items():
+        outputs = m.implementations["reference"](arrays, flags)
+        rng = np.random.default_rng(4)
+        cotangents = tuple(jnp.asarray(rng.normal(size=o.shape), o.dtype) for o in outputs)
+        got = m.backward[name](arrays, flags, cotangents)
+        with jax.enable_x64(True):
+            wide = lambda xs: tuple(jnp.asarray(np.asarray(x, np.float64)) for x in xs)  # noqa: E731
+            _, pull = jax.vjp(lambda *a, f=flags: m.implementations["reference"](a, f), *wide(arrays))
+            want = pull(wide(cotangents))
+        for g, w in zip(got, want, strict=True):
+            close(g, w, dtype, m.case.terms, f"backward of {name} {case}", factor=4.0)
+
+
 def check_second_order(m: KernelMember, implementation: str) -> None:
     """Reverse over reverse equals the reference's Hessian-vector product, and forward mode names the remedy."""
     arrays, flags = m.case.small("float64")
@@ -132,7 +151,7 @@ def check_sees_nothing(m: KernelMember, implementation: str) -> None:
         # What a merge of partial results sends back for such a row is NaN.
         def poisoned(*a: jax.Array) -> jax.Array:
             outputs = m.api(*a, implementation=implementation, **flags)
-            nan = 0 * sum(jnp.sum(jnp.exp(-o.astype(jnp.float32))) for o in outputs)
+            nan = m.case.nan_from_nothing(outputs)
             return m.loss(implementation, flags, weights)(*a) + nan
 
         gradients = jax.grad(poisoned, tuple(range(len(arrays))))(*arrays)
@@ -172,28 +191,30 @@ def check_repeats(m: KernelMember, implementation: str) -> None:
 
 
 def check_vmap(m: KernelMember, implementation: str) -> None:
-    """vmap over all, over some, twice and under grad equals a loop."""
-    lanes = [m.case.small("float32", seed)[0] for seed in range(4)]
+    """vmap over all, over any part, over a flag, twice, and of the gradient equals a loop."""
+    lanes = [m.case.small("float32", seed)[0] for seed in range(3)]
     flags = m.case.small("float32")[1]
+    run = lambda *a, **f: m.api(*a, implementation=implementation, **flags, **f)  # noqa: E731
+    scalar = lambda *a: sum(jnp.sum(finite(o) ** 2) for o in run(*a))  # noqa: E731
+    at = tuple(range(len(lanes[0])))
+    both = lambda *a: (*run(*a), *(jax.grad(scalar, at)(*a) if implementation in DIFFERENTIATED else ()))  # noqa: E731
     stacked = tuple(jnp.stack(leaves) for leaves in zip(*lanes, strict=True))
-    run = lambda *a: m.api(*a, implementation=implementation, **flags)  # noqa: E731
-    separate = [run(*lane) for lane in lanes]
-    want = tuple(np.stack(leaves) for leaves in zip(*separate, strict=True))
-    square = tuple(x.reshape(2, 2, *x.shape[1:]) for x in stacked)
-    twice = tuple(x.reshape(4, *x.shape[2:]) for x in jax.vmap(jax.vmap(run))(*square))
-    for got in (jax.vmap(run)(*stacked), twice):
-        for g, w in zip(got, want, strict=True):
-            close(g, w, "float32", m.case.terms, "vmap")
-    shared = jax.vmap(run, in_axes=(0, *(None,) * (len(lanes[0]) - 1)))(stacked[0], *lanes[0][1:])
-    for g, w in zip(shared, separate[0], strict=True):
-        close(g[0], w, "float32", m.case.terms, "vmap over some")
-    if implementation in DIFFERENTIATED:
-        scalar = lambda *a: sum(jnp.sum(finite(o) ** 2) for o in run(*a))  # noqa: E731
-        at = tuple(range(len(lanes[0])))
-        many = jax.vmap(jax.grad(scalar, at))(*stacked)
-        one = jax.grad(scalar, at)(*lanes[2])
-        for g, w in zip(many, one, strict=True):
-            close(g[2], w, "float32", m.case.terms, "vmap of grad", factor=4.0)
+    for chosen in range(1, 2 ** len(at)):
+        axes = tuple(0 if chosen >> i & 1 else None for i in at)
+        given = tuple(s if axis == 0 else x for s, x, axis in zip(stacked, lanes[0], axes, strict=True))
+        many = jax.vmap(both, in_axes=axes)(*given)
+        for lane in range(len(lanes)):
+            one = both(*(x[lane] if axis == 0 else x for x, axis in zip(given, axes, strict=True)))
+            for g, w in zip(many, one, strict=True):
+                close(g[lane], w, "float32", m.case.terms, f"vmap over {axes}", factor=4.0)
+    twice = jax.vmap(jax.vmap(run))(*(jnp.stack([x, x[::-1]]) for x in stacked))
+    for g, w in zip(twice, run(*lanes[0]), strict=True):
+        close(g[1, -1], w, "float32", m.case.terms, "vmap of vmap")
+    for name, values in m.case.mapped_flags().items():
+        many = jax.vmap(lambda value, n=name: run(*lanes[0], **{n: value}))(values)
+        for lane, value in enumerate(values):
+            for g, w in zip(many, run(*lanes[0], **{name: value}), strict=True):
+                close(g[lane], w, "float32", m.case.terms, f"vmap over {name}")
 
 
 def check_races(m: KernelMember, implementation: str) -> None:
@@ -243,4 +264,6 @@ def check_compiles_for_tpu(m: KernelMember, topology: str) -> None:
         scalar = lambda *a, f=forward: sum(jnp.sum(finite(o).astype("float32")) for o in f(*a))  # noqa: E731
         compiled = interpreters.compile_for_tpu(forward, topology, specs)
         assert "tpu_custom_call" in compiled.as_text()
+        with jax.enable_x64(True):
+            interpreters.compile_for_tpu(forward, topology, specs)
         interpreters.compile_for_tpu(jax.grad(scalar, tuple(range(len(specs)))), topology, specs)

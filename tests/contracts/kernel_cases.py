@@ -56,6 +56,15 @@ class AttentionCase:
             "tpu, interpreted": lambda arrays, flags: AttentionCase().interpreted(arrays, flags, 0),
         }
 
+    @staticmethod
+    def backward() -> dict[str, Callable]:
+        def all_heads_at_once(arrays: tuple, flags: dict, cotangents: tuple) -> tuple[jax.Array, ...]:
+            config, operands, _ = _canonical(arrays, flags)
+            o, lse = xla.forward(config, operands, sequential=False)
+            return xla.backward(config, operands, o, lse, *cotangents, sequential=False)
+
+        return {"xla, all heads at once": all_heads_at_once}
+
     def interpreted(self, arrays: tuple, flags: dict, seed: int) -> tuple[jax.Array, jax.Array]:
         return _run(partial(tpu.forward, interpret=interpreters.tpu_parameters(seed)), arrays, flags)
 
@@ -74,6 +83,9 @@ class AttentionCase:
             "window": {"window": (40, 3)},
             "soft cap, scale": {"soft_cap": 1.5, "scale": 0.4, "causal": True},
             "bias of heads": {"bias": jnp.asarray(rng.normal(size=(1, H, T, S)), "float32")},
+            "bias that hides": {
+                "bias": jnp.asarray(rng.choice([0.0, -np.inf, np.finfo("float32").min], (1, 1, T, S)), "float32")
+            },
             "bias of keys": {"bias": jnp.asarray(rng.normal(size=(B, 1, 1, S)), "float32"), "soft_cap": 2.0},
             "mask": {"mask": jnp.asarray(rng.random((B, 1, T, S)) < 0.3)},
             "mask of queries": {"mask": jnp.asarray(rng.random((1, H, T, 1)) < 0.5)},
@@ -94,6 +106,17 @@ class AttentionCase:
     def small(self, dtype: str, seed: int = 0) -> tuple[tuple, dict]:
         return self.arrays(dtype, seed, B=1, T=140, S=140, H=2, K=1, D=8, V=8), {"causal": True}
 
+    def mapped_flags(self) -> dict[str, jax.Array]:
+        """Flags that vmap may map on their own, for the inputs of `small`."""
+        rng = np.random.default_rng(2)
+        return {
+            "bias": jnp.asarray(rng.normal(size=(3, 1, 2, 140, 140)), "float32"),
+            "mask": jnp.asarray(rng.random((3, 1, 1, 140, 140)) < 0.5),
+            "segment_ids": jnp.asarray(np.sort(rng.integers(0, 3, (3, 1, 140)), axis=2), jnp.int32),
+            "q_positions": jnp.asarray(rng.integers(0, 140, (3, 140)), jnp.int32),
+            "kv_positions": jnp.asarray(rng.integers(0, 140, (3, 140)), jnp.int32),
+        }
+
     def sees_nothing(self) -> tuple[tuple, dict, np.ndarray]:
         mask = np.ones((1, 1, self.T, self.S), bool)
         rows = np.array([0, 7, self.T - 1])
@@ -105,6 +128,11 @@ class AttentionCase:
         np.testing.assert_array_equal(o[:, rows], 0)
         np.testing.assert_array_equal(lse[:, :, rows], -np.inf)
         assert np.all(np.isfinite(np.delete(lse, rows, axis=2)))
+
+    def nan_from_nothing(self, outputs: tuple) -> jax.Array:
+        """A scalar whose cotangents are NaN in the rows that see nothing, and 0 elsewhere."""
+        o, lse = outputs
+        return jnp.sum(0 * jnp.exp(-lse).swapaxes(1, 2)[..., None] * o)
 
     def assert_no_gradient(self, gradients: tuple, rows: np.ndarray) -> None:
         for g in gradients:

@@ -33,6 +33,14 @@ def test_gradients(member, dtype):
         kernel.check_gradients(member, "xla", dtype)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("member", "name"), [pytest.param(m, n, id=f"{m.name}-{n}") for m in KERNELS for n in m.backward]
+)
+def test_backward(member, name, dtype):
+    kernel.check_backward(member, name, dtype)
+
+
 @MEMBERS
 def test_second_order(member, x64):
     kernel.check_second_order(member, "xla")
@@ -80,6 +88,8 @@ def twin(change):
     """The attention member whose every implementation but the reference is changed by `change(run)`."""
 
     def api(*arrays, implementation, **flags):
+        if implementation == "forward only":
+            implementation = "xla"
         if implementation == "reference":
             return ATTENTION.api(*arrays, implementation=implementation, **flags)
         run = lambda a, f: ATTENTION.api(*a, implementation=implementation, **f)  # noqa: E731
@@ -103,6 +113,20 @@ def constant_lse(run):
         return o, jax.lax.stop_gradient(lse)
 
     return changed
+
+
+def mixes_the_lanes(run):
+    """Takes the first lane's keys for all, as a batching rule that forgets an axis would."""
+
+    @jax.custom_batching.custom_vmap
+    def first_of_all(x):
+        return x
+
+    @first_of_all.def_vmap
+    def _(size, batched, x):
+        return jnp.broadcast_to(x[:1], x.shape), batched[0]
+
+    return lambda arrays, flags: run((arrays[0], jax.lax.stop_gradient(first_of_all(arrays[1])), arrays[2]), flags)
 
 
 CALLS = []
@@ -153,6 +177,7 @@ TWINS = [
     ),
     ("lets padding through", forgets_padding, lambda m: kernel.check_padding(m, "xla")),
     ("differs from run to run", output(unsteady), lambda m: kernel.check_repeats(m, "xla")),
+    ("mixes the lanes of a vmap", mixes_the_lanes, lambda m: kernel.check_vmap(m, "forward only")),
     ("mixes the batch", mixes_the_batch, lambda m: kernel.check_forward(m, "xla", "float32")),
 ]
 
@@ -161,6 +186,15 @@ TWINS = [
 def test_contract_rejects(change, check):
     with pytest.raises(AssertionError):
         check(twin(change))
+
+
+def test_contract_rejects_a_backward_pass_with_a_wrong_sign():
+    def wrong(arrays, flags, cotangents):
+        dq, dk, dv = ATTENTION.backward["xla, all heads at once"](arrays, flags, cotangents)
+        return dq, -dk, dv
+
+    with pytest.raises(AssertionError):
+        kernel.check_backward(ATTENTION._replace(backward={"wrong": wrong}), "wrong", "float32")
 
 
 def test_contract_rejects_a_twin_that_exports_for_one_platform():

@@ -216,6 +216,8 @@ BAD = [
     ({"v": "bfloat16"}, TypeError, r"attention: `v` must have dtype float32 to match `q`; got bfloat16. Cast them"),
     ({"window": (-1, 0)}, ValueError, r"attention: `window` must be a pair \(left, right\) of ints >= 0 or None; got"),
     ({"window": 5}, ValueError, r"attention: `window` must be a pair .*; got 5"),
+    ({"causal": jnp.array(True)}, ValueError, r"attention: `causal` must be a Python bool; got .*. Use `mask`"),
+    ({"q_positions": np.array([2**31] * 130)}, ValueError, r"attention: `q_positions` must lie strictly betw"),
     ({"soft_cap": 0.0}, ValueError, r"attention: `soft_cap` must be a positive Python number; got 0.0"),
     ({"scale": float("nan")}, ValueError, r"attention: `scale` must be a finite Python number; got nan. Mult"),
     ({"bias": (2, 4, 130, 1)}, ValueError, r"attention: `bias` must have shape \(2, 4, 130, 150\), with 1 where .*"),
@@ -263,3 +265,50 @@ def test_float16_falls_back_where_the_platform_has_none():
     text = jax.export.export(f, platforms=("tpu",))(*inputs("float16")).mlir_module()
     assert "tpu_custom_call" not in text
     assert "tpu_custom_call" in jax.export.export(f, platforms=("tpu",))(*inputs("bfloat16")).mlir_module()
+
+
+def test_numpy_numbers_and_endless_windows_are_taken():
+    q, k, v = inputs()
+    want = attention(q, k, v, causal=True, scale=0.3)
+    for window in ((2**31 - 1, 0), (np.int64(500), np.int64(0)), (None, 0)):
+        np.testing.assert_array_equal(attention(q, k, v, window=window, scale=np.float32(0.3)), want)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_nan_in_a_query_shows_in_both_outputs(implementation):
+    q, k, v = inputs()
+    o, lse = attention(q.at[0, 5].set(jnp.nan), k, v, return_lse=True, implementation=implementation)
+    assert np.isnan(o[0, 5]).all()
+    assert np.isnan(lse[0, :, 5]).all()
+    assert np.isfinite(np.delete(np.asarray(lse), 5, axis=2)).all()
+
+
+def test_symbolic_batch_exports_without_the_kernel():
+    (b,) = jax.export.symbolic_shape("b")
+    spec = [jax.ShapeDtypeStruct((b, 128, heads, 16), jnp.float32) for heads in (4, 2, 2)]
+    f = jax.jit(lambda q, k, v: attention(q, k, v, causal=True))
+    exported = jax.export.export(f, platforms=("cpu", "tpu"))(*spec)
+    arrays = inputs(T=128, S=128, B=3)
+    close(exported.call(*arrays), f(*arrays))
+
+
+def test_explicit_sharding_is_refused_in_one_sentence():
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Explicit,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("i"))
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(NotImplementedError, match="attention: explicitly sharded arrays .*shard_map"),
+    ):
+        attention(*(jax.device_put(x, sharding) for x in inputs()))
+
+
+def test_automatic_sharding_and_shard_map_equal_one_device():
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("i")
+    arrays = inputs(B=4)
+    want = attention(*arrays, causal=True)
+    placed = [jax.device_put(x, jax.sharding.NamedSharding(mesh, spec)) for x in arrays]
+    f = lambda *a: attention(*a, causal=True)  # noqa: E731
+    close(jax.jit(f)(*placed), want)
+    mapped = jax.shard_map(f, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    close(jax.jit(mapped)(*placed), want)
