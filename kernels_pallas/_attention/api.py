@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 
 from kernels_pallas import checks, dispatch
 from kernels_pallas._attention import reference, xla
@@ -273,7 +273,7 @@ def _check_window(name: str, window: Any) -> tuple[int | None, int | None] | Non
     ok = (
         isinstance(window, (tuple, list))
         and len(window) == 2
-        and all(w is None or (isinstance(w, numbers.Integral) and not isinstance(w, bool) and w >= 0) for w in window)
+        and all(w is None or (isinstance(w, (int, np.integer)) and not isinstance(w, bool) and w >= 0) for w in window)
     )
     checks.value(name, "window", ok, "be a pair (left, right) of ints >= 0 or None", window)
     # Positions are below 2^30, so that neither their sum with a side nor their difference leaves int32.
@@ -283,7 +283,7 @@ def _check_window(name: str, window: Any) -> tuple[int | None, int | None] | Non
 
 def _check_range(name: str, argument: str, x: Any) -> None:
     """Concrete integers that int32 might cut must lie well inside it; traced ones are taken at their word."""
-    if x is None or isinstance(x, jax.core.Tracer) or np.size(x) == 0:
+    if x is None or isinstance(x, Tracer) or np.size(x) == 0:
         return
     x = np.asarray(x)
     low, high = int(x.min()), int(x.max())
@@ -296,8 +296,12 @@ def _check_number(name: str, argument: str, given: Any, *, positive: bool) -> fl
         return None
     wanted = "be a positive Python number" if positive else "be a finite Python number"
     remedy = "" if positive else "Multiply a traced scale into q."
-    ok = isinstance(given, numbers.Real) and not isinstance(given, bool) and math.isfinite(given)
-    checks.value(name, argument, ok and (given > 0 or not positive), wanted, given, remedy)
+    ok = (
+        isinstance(given, (int, float, np.integer, np.floating))
+        and not isinstance(given, bool)
+        and math.isfinite(given)
+    )
+    checks.value(name, argument, bool(ok and (given > 0 or not positive)), wanted, given, remedy)
     return float(given)
 
 
