@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", help="one named parameter set; default all of the row")
     parser.add_argument("--mode", choices=registry.MODES, help="one mode; default all of the row")
     parser.add_argument("--rounds", type=int, default=9, help="samples of each call (default 9)")
-    parser.add_argument("--compiles", type=int, default=3, help="fresh compiles of each call (default 3)")
+    parser.add_argument("--compiles", type=int, default=5, help="fresh compiles of each call (default 5)")
     parser.add_argument("--results", type=Path, help="file to append to; default benchmarks/results/<device>.json")
     return parser
 
