@@ -32,8 +32,9 @@ def spread(samples: list[float]) -> Spread:
 def interleave(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each call, sampled in turn (A B A B ...), so that a busy machine slows all of them alike.
 
-    Each call runs once before the clock starts. A call shorter than a sample is repeated inside it, the same
-    number of times in every round.
+    Each call runs once before the clock of each of its samples starts, so that what the call before it leaves behind,
+    such as memory on its way back to the system, is not charged to it. A call shorter than a sample is repeated inside
+    it, the same number of times in every round.
     """
     repeats = {}
     for name, call in calls.items():
@@ -44,6 +45,7 @@ def interleave(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            jax.block_until_ready(call())
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 jax.block_until_ready(call())
