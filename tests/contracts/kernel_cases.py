@@ -170,7 +170,7 @@ class AttentionCase:
             "segment_ids": ids,
             "window": (300, None),
             "soft_cap": 30.0,
-            "bias": np.zeros((1, 4, 1, 777), np.float32),
+            "bias": np.zeros((1, 4, 1, 777), np.float16),
             "mask": np.ones((1, 1, 1000, 777), bool),
             "q_positions": np.arange(1000, dtype=np.int32),
         }

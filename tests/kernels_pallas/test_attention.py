@@ -11,6 +11,7 @@ import kernels_pallas
 from kernels_pallas import BlockSizes, attention
 from kernels_pallas._attention import masks, reference
 from kernels_pallas._attention.config import Config, Operands
+from tests.contracts.kernel import KERNELS
 from tests.tolerances import tolerance
 
 SMALL = BlockSizes(128, 128, 128)
@@ -102,6 +103,17 @@ def test_minus_infinity_in_a_bias_hides():
     for got, want in zip(by_bias, by_mask, strict=True):
         np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(by_bias[0][:, 5], 0)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "xla, all heads at once", "tpu, interpreted"])
+@pytest.mark.parametrize("huge", [np.finfo("float32").min, 3e38])
+def test_a_row_of_huge_equal_biases_is_a_mean(implementation, huge):
+    q, k, v = inputs()
+    bias = jnp.zeros((1, 1, 130, 150)).at[:, :, 7].set(huge)
+    o, lse = KERNELS[0].implementations[implementation]((q, k, v), {"bias": bias})
+    # Beside such a bias q . k is lost to rounding, so that all keys weigh the same.
+    close(o[:, 7], np.repeat(np.asarray(v).mean(1), 2, axis=1))
+    assert np.isfinite(lse).all()
 
 
 def test_error_in_bfloat16_is_that_of_its_rounding():
@@ -281,6 +293,20 @@ def test_nan_in_a_query_shows_in_both_outputs(implementation):
     assert np.isnan(o[0, 5]).all()
     assert np.isnan(lse[0, :, 5]).all()
     assert np.isfinite(np.delete(np.asarray(lse), 5, axis=2)).all()
+
+
+def test_a_block_map_too_large_for_a_tpu_falls_back():
+    """2^16 blocks of 128 x 128 and a batch of maps of their own: the kernel refuses, None takes the chunked form."""
+    spec = jax.ShapeDtypeStruct((8, 16384, 1, 64), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((8, 16384), jnp.int32)
+
+    def f(q, k, v, ids, implementation=None):
+        return attention(q, k, v, segment_ids=ids, block_sizes=SMALL, implementation=implementation)
+
+    exported = jax.export.export(jax.jit(f), platforms=("tpu",))(spec, spec, spec, ids)
+    assert "tpu_custom_call" not in exported.mlir_module()
+    with pytest.raises(NotImplementedError, match="attention: implementation 'tpu' cannot do this call: its map of"):
+        jax.eval_shape(lambda *a: f(*a, implementation="tpu"), spec, spec, spec, ids)
 
 
 def test_symbolic_batch_exports_without_the_kernel():
