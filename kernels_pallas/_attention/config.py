@@ -49,6 +49,9 @@ class Config:
     soft_cap: float | None
     scale: float
     blocks: BlockSizes | None
+    # The rate in steps of 2^-16, and whether the backward pass also gives the cotangent of the bias.
+    dropout: int = 0
+    bias_gradient: bool = False
 
 
 class Operands(NamedTuple):
@@ -64,6 +67,7 @@ class Operands(NamedTuple):
       kv_segments: int32 [B, S].
       q_positions: int32 [B|1, T].
       kv_positions: int32 [B|1, S].
+      dropout_keys: int32 [B, Hq, 2], two words a head.
     """
 
     q: Any
@@ -75,6 +79,7 @@ class Operands(NamedTuple):
     kv_segments: Any = None
     q_positions: Any = None
     kv_positions: Any = None
+    dropout_keys: Any = None
 
 
 # Found by compiling for v5e and v6e. A long key block lets the next product start while the exponentials of the last
