@@ -31,7 +31,7 @@ def primitive(
     xla: Mapping[str, Implementation],
     accelerated: Mapping[str, Implementation],
     unsupported: Mapping[str, Callable[..., str | None]],
-    shareable: Callable[[PyTree], PyTree],
+    shareable: Callable[..., PyTree],
 ) -> Callable[..., list[jax.Array]]:
     """A call whose implementation is chosen by the platform it is lowered for.
 
@@ -42,8 +42,8 @@ def primitive(
       accelerated: kernels by implementation name ("tpu", "gpu"); each takes (static, operands) like the others.
       unsupported: by implementation name, `unsupported(static, operands)` gives the reason why a kernel cannot do a
         call, or None.
-      shareable: `shareable(operands)`, a tree like the operands of bools: whether a leaf may have 1 in place of the
-        batch because the whole batch shares it.
+      shareable: `shareable(static, operands)`, a tree like the operands of bools: whether a leaf may have 1 in place of
+        the batch because the whole batch shares it. A leaf whose cotangent is an output may not.
 
     Returns:
       `call(implementation, static, operands)`; static is hashable, operands a pytree of arrays whose every leaf has
@@ -84,10 +84,13 @@ def primitive(
         return lower
 
     def batch(leaves: tuple, axes: tuple, *, implementation: str | None, static: Any, tree: Any) -> tuple:
-        may_share = jax.tree.leaves(shareable(jax.tree.unflatten(tree, leaves)))
+        may_share = jax.tree.leaves(shareable(static, jax.tree.unflatten(tree, leaves)))
         merged, size = _merge(leaves, axes, may_share)
         outputs = prim.bind(*merged, implementation=implementation, static=static, tree=tree)
-        return [out.reshape(size, -1, *out.shape[1:]) for out in outputs], [0] * len(outputs)
+        lane = [_without(leaf, axis) for leaf, axis in zip(leaves, axes, strict=True)]
+        wanted = shapes(static, jax.tree.unflatten(tree, lane))
+        split = [_split(out, size, like.shape[0]) for out, like in zip(outputs, wanted, strict=True)]
+        return split, [0] * len(outputs)
 
     @lru_cache(maxsize=1024)
     def eager(implementation: str | None, static: Any, tree: Any) -> Callable:
@@ -121,6 +124,17 @@ def _merge(leaves: tuple, axes: tuple, may_share: list[bool]) -> tuple[list[jax.
         spread = jnp.broadcast_to(spread, (size, lead, *spread.shape[2:]))
         merged.append(spread.reshape(size * lead, *spread.shape[2:]))
     return merged, size
+
+
+def _without(leaf: jax.Array, axis: int | None) -> jax.ShapeDtypeStruct:
+    shape = leaf.shape if axis is None else leaf.shape[:axis] + leaf.shape[axis + 1 :]
+    return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+
+def _split(out: jax.Array, size: int, batch: int) -> jax.Array:
+    """The mapped axis and the batch of one lane again; the cotangent of what a lane's whole batch shares is a sum."""
+    out = out.reshape(size, -1, *out.shape[1:])
+    return jnp.sum(out, axis=1, keepdims=True) if batch == 1 else out
 
 
 # --- Forward mode. ----------------------------------------------------------------------------------------------------
