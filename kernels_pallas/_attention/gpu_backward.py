@@ -1,0 +1,502 @@
+"""Attention backward on Hopper GPUs: two Pallas Mosaic GPU kernels, one for dq, one for dk and dv.
+
+Both walk the live blocks of their row (dq: of keys; dkv: of queries, for every query head that shares the key head),
+those without hidden entries first, so that only the last few steps build masks. Which blocks are live comes in as
+arrays that are known before the grid starts. One warpgroup moves blocks into a ring of buffers, the others compute.
+
+Notation: s scores, p = exp(s - lse), delta = rowsum(do o) - dlse, ds = p (do v^T - delta); a trailing T is a transpose.
+Exponentials are in base 2, with lse premultiplied by log2 e. The lse of a row that sees nothing, or that only pads, is
++inf here: its p is 0 without a mask, and with do = 0 and delta = 0 nothing comes back from it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from kernels_pallas import compat
+from kernels_pallas._attention import masks
+from kernels_pallas._attention.config import Config, Operands
+
+_LOG2E = 1.4426950408889634
+# Rows of a warpgroup's product, and of its accumulators.
+_ROWS = 64
+_WARPGROUPS = 2
+_STEP = 64
+
+
+def unsupported_backward(config: Config, operands: Operands) -> str | None:
+    """Why these kernels cannot do a call, or None."""
+    q, k, v = operands[:3]
+    if q.dtype not in (jnp.float16, jnp.bfloat16):
+        return f"its products take float16 or bfloat16, not {q.dtype.name}"
+    if not all(isinstance(size, int) for size in (*q.shape, *k.shape, *v.shape)):
+        return "its blocks need sizes that are known, not symbolic ones"
+    for name in ("bias", "mask"):
+        if getattr(operands, name) is not None:
+            return f"its backward pass takes no {name}"
+    if config.dropout:
+        return "its backward pass has no dropout"
+    if max(q.shape[3], v.shape[3]) > 128:
+        return "its backward pass holds heads of at most 128 entries"
+    return None
+
+
+def backward(
+    config: Config,
+    operands: Operands,
+    o: jax.Array,
+    lse: jax.Array,
+    o_cotangent: jax.Array,
+    lse_cotangent: jax.Array,
+    *,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Cotangents of q, k and v.
+
+    Args:
+      config: static part of the call.
+      operands: arrays of the call.
+      o: output of the forward pass [B, T, Hq, Dv].
+      lse: its log-sum-exp [B, Hq, T].
+      o_cotangent: cotangent of o.
+      lse_cotangent: cotangent of lse.
+      interpret: an interpreter's parameters, for machines without a GPU.
+
+    Returns:
+      dq, dk, dv, shaped like q, k, v and in their dtype.
+    """
+    with jax.enable_x64(False):
+        return _backward(config, operands, o, lse, o_cotangent, lse_cotangent, interpret)
+
+
+def _backward(
+    config: Config, operands: Operands, o: Any, lse: Any, o_cotangent: Any, lse_cotangent: Any, interpret: Any
+) -> tuple:
+    sees = lse != -jnp.inf
+    delta = jnp.swapaxes(jnp.sum(o_cotangent.astype(jnp.float32) * o.astype(jnp.float32), axis=-1), 1, 2)
+    delta = jnp.where(sees, delta - lse_cotangent, 0)
+    do = jnp.where(jnp.swapaxes(sees, 1, 2)[..., None], o_cotangent, 0)
+    block = _ROWS * _WARPGROUPS
+
+    def rows(x: jax.Array) -> jax.Array:  # [B, N, H, D] -> [B, N', H, D']
+        return masks.pad_axis(masks.pad_axis(x, 1, block), 3, 64)
+
+    arrays = {
+        "q": rows(operands.q),
+        "k": rows(operands.k),
+        "v": rows(operands.v),
+        "do": rows(do.astype(operands.q.dtype)),
+        "lse": masks.pad_axis(jnp.where(sees, lse * _LOG2E, jnp.inf), 2, block, value=jnp.inf),
+        "delta": masks.pad_axis(delta, 2, block),
+    }
+    hidden = _hidden(config, operands, block)
+    T, S = operands.q.shape[1], operands.k.shape[1]
+    hides = masks.masked(config, operands) or S % block != 0
+    plan = partial(_Plan, config, hides, S if S % block else None)
+    (dq,) = _call(_dq_kernel, "attention_dq", plan, operands, arrays, hidden, interpret)
+    dk, dv = _call(_dkv_kernel, "attention_dkv", plan, operands, arrays, hidden, interpret)
+    D, v_dim = operands.q.shape[3], operands.v.shape[3]
+    return dq[:, :T, :, :D], dk[:, :S, :, :D], dv[:, :S, :, :v_dim]
+
+
+def _hidden(config: Config, operands: Operands, block: int) -> dict[str, jax.Array]:
+    """What masks are built from beside the places themselves, int32 [B?, N']."""
+    found = {}
+    if masks.positional(config) and (operands.q_positions is not None or operands.kv_positions is not None):
+        found["q_positions"], found["kv_positions"] = masks.positions(operands)
+    if operands.q_segments is not None:
+        found["q_segments"], found["kv_segments"] = operands.q_segments, operands.kv_segments
+    return {name: masks.pad_axis(jnp.asarray(x, jnp.int32), 1, block, value=-1) for name, x in found.items()}
+
+
+class _Plan(NamedTuple):
+    """What is static about a kernel."""
+
+    config: Config
+    hides: bool  # whether any entry is hidden
+    length: int | None  # keys before padding; None without padding
+    group: int  # query heads a key head
+    names: tuple[str, ...]  # of the kernel's inputs
+    stages: int  # blocks in flight
+
+
+def _live(kinds: Any) -> tuple[jax.Array, jax.Array]:
+    """For each row of blocks the full ones first, then the partial ones [B?, rows, columns]; the two counts [.., 2]."""
+    kinds = jnp.asarray(kinds)
+    rank = jnp.where(kinds == masks.FULL, 0, jnp.where(kinds == masks.PARTIAL, 1, 2))
+    order = jnp.argsort(rank, axis=2, stable=True).astype(jnp.int32)
+    counts = [jnp.sum(kinds == kind, axis=2, dtype=jnp.int32) for kind in (masks.FULL, masks.PARTIAL)]
+    return order, jnp.stack(counts, axis=2)
+
+
+def _call(
+    kernel: Any,
+    name: str,
+    plan: Any,
+    operands: Operands,
+    arrays: dict[str, jax.Array],
+    hidden: dict[str, jax.Array],
+    interpret: Any,
+) -> tuple[jax.Array, ...]:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    block = _ROWS * _WARPGROUPS
+    config = plan.args[0]
+    q, k, v = (arrays[x] for x in ("q", "k", "v"))
+    by_query = kernel is _dq_kernel
+    if by_query:
+        kinds = masks.block_kinds(config, operands, block, _STEP)
+        outputs, rows, heads = (q,), q.shape[1] // block, q.shape[2]
+    else:
+        kinds = masks.block_kinds(config, operands, _STEP, block).swapaxes(1, 2)
+        outputs, rows, heads = (k, v), k.shape[1] // block, k.shape[2]
+    order, counts = _live(kinds)
+    inputs = {**arrays, "order": order, "counts": counts, **hidden}
+    plan = plan(q.shape[2] // k.shape[2], tuple(inputs), 2)
+    D, v_dim, dtype = q.shape[3], v.shape[3], q.dtype
+    tile = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    lines = (plan.stages, _STEP)
+    own, moving = (_WARPGROUPS, _ROWS), lines
+    if not by_query:
+        lines = moving
+    row_lines = own if by_query else moving
+    scratch = {
+        "own_qk": plgpu.SMEM((*own, D), dtype, transforms=tile),
+        "own_ov": plgpu.SMEM((*own, v_dim), dtype, transforms=tile),
+        "moving_qk": plgpu.SMEM((*moving, D), dtype, transforms=tile),
+        "moving_ov": plgpu.SMEM((*moving, v_dim), dtype, transforms=tile),
+        "lse_smem": plgpu.SMEM(row_lines, jnp.float32),
+        "delta_smem": plgpu.SMEM(row_lines, jnp.float32),
+        "ds_smem": plgpu.SMEM((*own, _STEP), dtype, transforms=tile),
+        "ready": plgpu.Barrier(num_arrivals=4 if by_query else 2, num_barriers=_WARPGROUPS),
+        "full": plgpu.Barrier(num_arrivals=2 if by_query else 4, num_barriers=plan.stages),
+        "consumed": plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=plan.stages),
+    }
+    if not by_query:
+        scratch["p_smem"] = plgpu.SMEM((*own, _STEP), dtype, transforms=tile)
+    return plgpu.kernel(
+        partial(kernel, plan),
+        out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs),
+        scratch_types=scratch,
+        grid=(heads, rows, q.shape[0]),
+        grid_names=("head", "row", "batch"),
+        num_threads=_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=interpret or None,
+    )(*inputs.values())
+
+
+# --- dq. --------------------------------------------------------------------------------------------------------------
+
+
+def _dq_kernel(plan: _Plan, *refs: Any, **scratch: Any) -> None:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    inputs = dict(zip(plan.names, refs, strict=False))
+    at = _place(plan, inputs)
+    warpgroup = lax.axis_index("warpgroup")
+    (dq,) = refs[len(plan.names) :]
+
+    @pl.when(warpgroup < _WARPGROUPS)
+    def _() -> None:
+        plgpu.set_max_registers(240, action="increase")
+        _dq_compute(plan, inputs, at, warpgroup, dq, **scratch)
+
+    @pl.when(warpgroup == _WARPGROUPS)
+    def _() -> None:
+        plgpu.set_max_registers(24, action="decrease")
+        kv_head = lax.div(at.head, jnp.int32(plan.group))
+
+        def source(name: str, start: Any) -> Any:
+            return inputs[name].at[at.batch, pl.ds(start, _STEP), kv_head]
+
+        def send(n: Any, slot: Any) -> None:
+            start = at.block(n) * _STEP
+            plgpu.copy_gmem_to_smem(source("k", start), scratch["moving_qk"].at[slot], scratch["full"].at[slot])
+            plgpu.copy_gmem_to_smem(source("v", start), scratch["moving_ov"].at[slot], scratch["full"].at[slot])
+
+        _produce(plan, at.whole + at.partial, send, scratch["consumed"])
+
+
+def _dq_compute(
+    plan: _Plan,
+    inputs: dict[str, Any],
+    at: _Place,
+    warpgroup: Any,
+    dq_ref: Any,
+    *,
+    own_qk: Any,
+    own_ov: Any,
+    moving_qk: Any,
+    moving_ov: Any,
+    lse_smem: Any,
+    delta_smem: Any,
+    ds_smem: Any,
+    ready: Any,
+    full: Any,
+    consumed: Any,
+) -> None:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    q, do, ds_stage = own_qk.at[warpgroup], own_ov.at[warpgroup], ds_smem.at[warpgroup]
+    barrier = ready.at[warpgroup]
+    start = at.row * (_ROWS * _WARPGROUPS) + warpgroup * _ROWS
+    span = pl.ds(start, _ROWS)
+    plgpu.copy_gmem_to_smem(inputs["q"].at[at.batch, span, at.head], q, barrier)
+    plgpu.copy_gmem_to_smem(inputs["do"].at[at.batch, span, at.head], do, barrier)
+    plgpu.copy_gmem_to_smem(inputs["lse"].at[at.batch, at.head, span], lse_smem.at[warpgroup], barrier)
+    plgpu.copy_gmem_to_smem(inputs["delta"].at[at.batch, at.head, span], delta_smem.at[warpgroup], barrier)
+    plgpu.barrier_wait(barrier)
+    by_row = plgpu.Layout.WGMMA.reduce(1)
+    lse = compat.gpu_load(lse_smem.at[warpgroup], layout=by_row)
+    delta = compat.gpu_load(delta_smem.at[warpgroup], layout=by_row)
+    shape = (_ROWS, _STEP)
+
+    def accumulate(dq: Any) -> Any:
+        def step(n: Any, _: None, *, masked: bool) -> None:
+            slot = lax.rem(n, jnp.int32(plan.stages))
+            k, v = moving_qk.at[slot], moving_ov.at[slot]
+            plgpu.barrier_wait(full.at[slot])
+            s = _product(q, k.transpose((1, 0)))
+            p, slope = _weights(plan, s, _spread(lse, shape, 0))
+            if masked:
+                seen = _seen(plan, inputs, at, 0, start, at.block(n) * _STEP)
+                p = jnp.where(seen, p, 0.0)
+            dp = _product(do, v.transpose((1, 0)))
+            ds_stage[...] = _scores_cotangent(p, dp, _spread(delta, shape, 0), slope).astype(q.dtype)
+            plgpu.commit_smem()
+            plgpu.wgmma(dq, ds_stage, k)
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(consumed.at[slot])
+
+        _steps(plan, at.whole, at.partial, step)
+        return dq[...]
+
+    dq = pl.run_scoped(accumulate, plgpu.ACC(q.shape, jnp.float32))
+    q[...] = (dq * plan.config.scale).astype(q.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(q, dq_ref.at[at.batch, span, at.head])
+    plgpu.wait_smem_to_gmem(0)
+
+
+# --- dk and dv. -------------------------------------------------------------------------------------------------------
+
+
+def _dkv_kernel(plan: _Plan, *refs: Any, **scratch: Any) -> None:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    inputs = dict(zip(plan.names, refs, strict=False))
+    at = _place(plan, inputs)
+    warpgroup = lax.axis_index("warpgroup")
+    dk, dv = refs[len(plan.names) :]
+
+    @pl.when(warpgroup < _WARPGROUPS)
+    def _() -> None:
+        plgpu.set_max_registers(240, action="increase")
+        _dkv_compute(plan, inputs, at, warpgroup, dk, dv, **scratch)
+
+    @pl.when(warpgroup == _WARPGROUPS)
+    def _() -> None:
+        plgpu.set_max_registers(24, action="decrease")
+
+        def send(n: Any, slot: Any) -> None:
+            head, block = _shared_step(plan, at, n)
+            span = pl.ds(block * _STEP, _STEP)
+            barrier = scratch["full"].at[slot]
+            plgpu.copy_gmem_to_smem(inputs["q"].at[at.batch, span, head], scratch["moving_qk"].at[slot], barrier)
+            plgpu.copy_gmem_to_smem(inputs["do"].at[at.batch, span, head], scratch["moving_ov"].at[slot], barrier)
+            plgpu.copy_gmem_to_smem(inputs["lse"].at[at.batch, head, span], scratch["lse_smem"].at[slot], barrier)
+            plgpu.copy_gmem_to_smem(inputs["delta"].at[at.batch, head, span], scratch["delta_smem"].at[slot], barrier)
+
+        _produce(plan, (at.whole + at.partial) * plan.group, send, scratch["consumed"])
+
+
+def _shared_step(plan: _Plan, at: _Place, n: Any) -> tuple[Any, Any]:
+    """Query head and query block of step n: all full blocks of all heads of the group, then all partial ones."""
+    full = at.whole * plan.group
+    early = n < full
+    count = jnp.where(early, at.whole, at.partial)
+    m = jnp.where(early, n, n - full)
+    member = lax.div(m, count)
+    block = at.block(jnp.where(early, 0, at.whole) + m - member * count)
+    return at.head * plan.group + member, block
+
+
+def _dkv_compute(
+    plan: _Plan,
+    inputs: dict[str, Any],
+    at: _Place,
+    warpgroup: Any,
+    dk_ref: Any,
+    dv_ref: Any,
+    *,
+    own_qk: Any,
+    own_ov: Any,
+    moving_qk: Any,
+    moving_ov: Any,
+    lse_smem: Any,
+    delta_smem: Any,
+    p_smem: Any,
+    ds_smem: Any,
+    ready: Any,
+    full: Any,
+    consumed: Any,
+) -> None:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    k, v = own_qk.at[warpgroup], own_ov.at[warpgroup]
+    p_stage, ds_stage = p_smem.at[warpgroup], ds_smem.at[warpgroup]
+    start = at.row * (_ROWS * _WARPGROUPS) + warpgroup * _ROWS
+    span = pl.ds(start, _ROWS)
+    plgpu.copy_gmem_to_smem(inputs["k"].at[at.batch, span, at.head], k, ready.at[warpgroup])
+    plgpu.copy_gmem_to_smem(inputs["v"].at[at.batch, span, at.head], v, ready.at[warpgroup])
+    plgpu.barrier_wait(ready.at[warpgroup])
+    by_column = plgpu.Layout.WGMMA.reduce(0)
+    shape = (_ROWS, _STEP)
+
+    def accumulate(dk: Any, dv: Any) -> Any:
+        def step(n: Any, _: None, *, masked: bool) -> None:
+            slot = lax.rem(n, jnp.int32(plan.stages))
+            q, do = moving_qk.at[slot], moving_ov.at[slot]
+            plgpu.barrier_wait(full.at[slot])
+            sT = _product(k, q.transpose((1, 0)))
+            lse = compat.gpu_load(lse_smem.at[slot], layout=by_column)
+            pT, slope = _weights(plan, sT, _spread(lse, shape, 1))
+            if masked:
+                _, block = _shared_step(plan, at, n)
+                seen = _seen(plan, inputs, at, 1, block * _STEP, start)
+                pT = jnp.where(seen, pT, 0.0)
+            p_stage[...] = pT.astype(k.dtype)
+            dpT = _product(v, do.transpose((1, 0)))
+            delta = compat.gpu_load(delta_smem.at[slot], layout=by_column)
+            ds_stage[...] = _scores_cotangent(pT, dpT, _spread(delta, shape, 1), slope).astype(k.dtype)
+            plgpu.commit_smem()
+            plgpu.wgmma(dv, p_stage, do)
+            plgpu.wgmma(dk, ds_stage, q)
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(consumed.at[slot])
+
+        _steps(plan, at.whole * plan.group, at.partial * plan.group, step)
+        return dk[...], dv[...]
+
+    dk, dv = pl.run_scoped(accumulate, plgpu.ACC(k.shape, jnp.float32), plgpu.ACC(v.shape, jnp.float32))
+    k[...] = (dk * plan.config.scale).astype(k.dtype)
+    v[...] = dv.astype(v.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(k, dk_ref.at[at.batch, span, at.head])
+    plgpu.copy_smem_to_gmem(v, dv_ref.at[at.batch, span, at.head])
+    plgpu.wait_smem_to_gmem(0)
+
+
+# --- What both share. -------------------------------------------------------------------------------------------------
+
+
+class _Place(NamedTuple):
+    """Where a thread block is in the grid, and what its row of blocks holds."""
+
+    batch: Any
+    head: Any
+    row: Any
+    whole: Any  # live blocks without hidden entries
+    partial: Any  # the other live blocks
+    order: Any  # ref [B?, rows, columns]
+    line: Any  # index of the batch in `order`
+
+    def block(self, n: Any) -> Any:
+        """The n-th live block."""
+        return self.order[self.line, self.row, n]
+
+
+def _place(plan: _Plan, inputs: dict[str, Any]) -> _Place:
+    batch, head, row = (lax.axis_index(name) for name in ("batch", "head", "row"))
+    order, counts = inputs["order"], inputs["counts"]
+    line = batch if order.shape[0] > 1 else 0
+    return _Place(batch, head, row, counts[line, row, 0], counts[line, row, 1], order, line)
+
+
+def _produce(plan: _Plan, count: Any, send: Any, consumed: Any) -> None:
+    """Send every block, each as soon as the ring has room."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def step(n: Any, _: None) -> None:
+        slot = lax.rem(n, jnp.int32(plan.stages))
+        pl.when(n >= plan.stages)(lambda: plgpu.barrier_wait(consumed.at[slot]))
+        send(n, slot)
+
+    lax.fori_loop(jnp.int32(0), count, step, None)
+
+
+def _steps(plan: _Plan, whole: Any, partial_: Any, step: Any) -> None:
+    """All steps in order, those without hidden entries in a loop of their own."""
+    lax.fori_loop(jnp.int32(0), whole, partial(step, masked=False), None)
+    if plan.hides:
+        lax.fori_loop(whole, whole + partial_, partial(step, masked=True), None)
+
+
+def _product(a: Any, b: Any) -> jax.Array:
+    """a @ b for two refs in shared memory."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def run(acc: Any) -> jax.Array:
+        plgpu.wgmma(acc, a, b)
+        return acc[...]
+
+    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def _spread(x: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
+    return lax.broadcast_in_dim(x, shape, (axis,))
+
+
+def _weights(plan: _Plan, s: jax.Array, lse: jax.Array) -> tuple[jax.Array, Any]:
+    """p, and the derivative of the capped scores by the scores (None without a cap)."""
+    cap, scale = plan.config.soft_cap, plan.config.scale
+    if cap is None:
+        return jnp.exp2(s * (scale * _LOG2E) - lse), None
+    # tanh by exp2: the hardware's own tanh is good to eleven bits only, and is multiplied by the cap.
+    t = 1.0 - 2.0 / (1.0 + jnp.exp2(s * (2 * _LOG2E * scale / cap)))
+    return jnp.exp2(t * (cap * _LOG2E) - lse), 1.0 - t * t
+
+
+def _scores_cotangent(p: jax.Array, dp: jax.Array, delta: jax.Array, slope: Any) -> jax.Array:
+    ds = p * (dp - delta)
+    return ds if slope is None else ds * slope
+
+
+def _seen(plan: _Plan, inputs: dict[str, Any], at: _Place, q_axis: int, q_start: Any, kv_start: Any) -> jax.Array:
+    """What of a tile is seen; queries run along `q_axis` of it, keys along the other axis."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    shape = (_ROWS, _STEP)
+
+    def places(axis: int, start: Any) -> jax.Array:
+        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) + start
+
+    def given(name: str, axis: int, start: Any) -> Any:
+        if name not in inputs:
+            return None
+        ref = inputs[name]
+        line = at.batch if ref.shape[0] > 1 else 0
+        layout = plgpu.Layout.WGMMA.reduce(1 - axis)
+        x = compat.gpu_load(ref.at[line, pl.ds(start, shape[axis])], layout=layout, optimized=False)
+        return _spread(x, shape, axis)
+
+    kv_axis = 1 - q_axis
+    q_positions, kv_positions = given("q_positions", q_axis, q_start), given("kv_positions", kv_axis, kv_start)
+    if q_positions is None and masks.positional(plan.config):
+        q_positions, kv_positions = places(q_axis, q_start), places(kv_axis, kv_start)
+    segments = given("q_segments", q_axis, q_start), given("kv_segments", kv_axis, kv_start)
+    seen = masks.visible(plan.config, q_positions, kv_positions, *segments)
+    if plan.length is not None:
+        inside = places(kv_axis, kv_start) < plan.length
+        seen = inside if seen is None else seen & inside
+    return seen
