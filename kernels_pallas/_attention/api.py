@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 
 from kernels_pallas import checks, dispatch
-from kernels_pallas._attention import reference, xla
+from kernels_pallas._attention import dropout, reference, xla
 from kernels_pallas._attention.config import BlockSizes, Config, Operands, accumulator, tpu_blocks
 
 _IMPLEMENTATIONS = (None, "reference", "xla", "tpu", "gpu")
@@ -36,10 +37,13 @@ def attention(
     segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
     q_positions: jax.Array | None = None,
     kv_positions: jax.Array | None = None,
+    q_offset: int | jax.Array = 0,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     soft_cap: float | None = None,
     scale: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_seed: int | jax.Array | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
     block_sizes: BlockSizes | None = None,
@@ -47,7 +51,8 @@ def attention(
     """Exact softmax attention without the matrix of scores in memory.
 
     With s_ij = scale q_i . k_j + bias_ij, then s <- soft_cap tanh(s / soft_cap), hidden entries -inf:
-    lse_i = log sum_j exp s_ij and o_i = sum_j exp(s_ij - lse_i) v_j. Key j is visible to query i iff pos_j <= pos_i
+    lse_i = log sum_j exp s_ij and o_i = sum_j d_ij exp(s_ij - lse_i) v_j, where dropout makes d_ij 0 or 1 / (1 - rate)
+    and d_ij = 1 without it. Key j is visible to query i iff pos_j <= pos_i
     (causal), pos_i - left <= pos_j <= pos_i + right (window), their segments are equal and not negative, and the mask
     is True. A query that sees nothing gets o = 0, lse = -inf and zero gradients (`jax.nn` and others give it the mean
     of v).
@@ -63,10 +68,16 @@ def attention(
         hidden in any other way must be finite.
       q_positions: int [T] or [*B, T], less than 2^30 in absolute value; default 0, 1, ...
       kv_positions: int [S] or [*B, S], likewise; default 0, 1, ...
+      q_offset: position of the first query, an int or int [] or [*B], when `q_positions` is not given: where a chunk of
+        queries starts in a longer context.
       causal: hide keys behind the query's position.
       window: (left, right), how far a query sees in positions, ints >= 0; None for no limit on that side.
       soft_cap: bound of the scores, > 0, before hiding.
       scale: of q . k; default D ** -0.5. A traced scale is multiplied into q instead.
+      dropout_rate: share of the weights that are dropped, in [0, 1), rounded to a multiple of 2^-16. Which ones depends
+        on the seed and on the indices of batch, head, query and key alone: not on implementation, blocks or platform.
+        Inside `jax.shard_map` these are indices of the shard, so fold the shard's own index into the seed.
+      dropout_seed: an int below 2^32, a 32-bit integer scalar, or a typed key of `jax.random`.
       return_lse: also return the log-sum-exp; it is differentiable, which merges of partial results need.
       implementation: None chooses by the platform the program is lowered for, "tpu" (Pallas Mosaic; its backward pass
         is that of "xla"), "xla" (chunked, linear memory, fast on CPUs) or "reference" (dense, the specification). A
@@ -90,12 +101,14 @@ def attention(
       bias: o is right then too, but the gradient of a row whose every score is huge is not, since lse cannot hold
       log S beside such a score.
 
-    Derivatives: with respect to q, k and v in reverse mode, and reverse over reverse, whose second pass is dense; all
-      modes and orders, and the derivative with respect to bias, through "reference". The implicit derivative of a solve
-      whose map holds attention is taken in forward mode, and so needs "reference".
+    Derivatives: with respect to q, k, v and bias in reverse mode, and reverse over reverse, whose second pass is dense;
+      all modes and orders through "reference". A bias that is differentiated costs as much memory again as it has, and
+      on accelerators a second pass over the scores. The implicit derivative of a solve whose map holds attention is
+      taken in forward mode, and so needs "reference".
 
     Source: Dao, Fu, Ermon, Rudra & Ré, "FlashAttention" (2022), alg. 1; Dao, "FlashAttention-2" (2023), alg. 1 and 2;
-      online softmax: Milakov & Gimelshein (2018). The cotangent of lse enters delta = rowsum(do o) - dlse.
+      online softmax: Milakov & Gimelshein (2018). Dropout: Threefry-2x32 (Salmon et
+      al., 2011). The cotangent of lse enters delta = rowsum(do o) - dlse.
 
     Example:
       >>> import jax, jax.numpy as jnp, kernels_pallas
@@ -105,7 +118,22 @@ def attention(
       ((2, 100, 4, 32), (2, 4, 100), True)
     """
     config, operands, batch = prepare(
-        q, k, v, bias, mask, segment_ids, q_positions, kv_positions, causal, window, soft_cap, scale, block_sizes
+        q,
+        k,
+        v,
+        bias=bias,
+        mask=mask,
+        segment_ids=segment_ids,
+        q_positions=q_positions,
+        kv_positions=kv_positions,
+        q_offset=q_offset,
+        causal=causal,
+        window=window,
+        soft_cap=soft_cap,
+        scale=scale,
+        dropout_rate=dropout_rate,
+        dropout_seed=dropout_seed,
+        block_sizes=block_sizes,
     )
     checks.choice("attention", "implementation", implementation, _IMPLEMENTATIONS)
     _check_implementation(implementation, config, operands)
@@ -127,16 +155,20 @@ def prepare(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    bias: jax.Array | None,
-    mask: jax.Array | None,
-    segment_ids: Any,
-    q_positions: jax.Array | None,
-    kv_positions: jax.Array | None,
-    causal: bool,
-    window: Any,
-    soft_cap: float | None,
-    scale: float | None,
-    block_sizes: BlockSizes | None,
+    *,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    segment_ids: Any = None,
+    q_positions: jax.Array | None = None,
+    kv_positions: jax.Array | None = None,
+    q_offset: Any = 0,
+    causal: bool = False,
+    window: Any = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_seed: Any = None,
+    block_sizes: BlockSizes | None = None,
 ) -> tuple[Config, Operands, tuple[int, ...]]:
     """Check the arguments of `attention`; give the static part, the arrays with one batch axis, and the batch shape."""
     name = "attention"
@@ -170,6 +202,9 @@ def prepare(
         checks.shape(name, remedy="One position a token.", **{argument: (x, spec)})
         checks.dtype(name, "integer", remedy="Positions are whole numbers.", **{argument: x})
         _check_range(name, argument, x)
+    q_positions = _check_offset(name, q_offset, q_positions, batch, T)
+    steps = _check_rate(name, dropout_rate)
+    seed = _check_seed(name, dropout_seed, steps)
     checks.value(name, "causal", isinstance(causal, (bool, np.bool_)), "be a Python bool", causal, "Use `mask`.")
     config = Config(
         bool(causal),
@@ -177,6 +212,7 @@ def prepare(
         _check_number(name, "soft_cap", soft_cap, positive=True),
         _check_number(name, "scale", scale, positive=False) or _default_scale(scale, sizes["D"]),
         block_sizes,
+        dropout=steps,
     )
     checks.value(
         name,
@@ -186,7 +222,10 @@ def prepare(
         type(block_sizes).__name__,
         error=TypeError,
     )
-    return config, _canonical(q, k, v, bias, mask, segments, q_positions, kv_positions, len(batch)), batch
+    operands = _canonical(q, k, v, bias, mask, segments, q_positions, kv_positions, len(batch))
+    if seed is not None:
+        operands = operands._replace(dropout_keys=dropout.keys_of(seed, operands.q.shape[0], heads))
+    return config, operands, batch
 
 
 def _canonical(
@@ -305,6 +344,45 @@ def _check_number(name: str, argument: str, given: Any, *, positive: bool) -> fl
     return float(given)
 
 
+def _check_offset(name: str, offset: Any, q_positions: Any, batch: tuple[int, ...], length: int) -> Any:
+    """The queries' positions, with `q_offset` taken in; NumPy when nothing is traced."""
+    if isinstance(offset, (int, np.integer)) and not isinstance(offset, bool) and offset == 0:
+        return q_positions
+    checks.value(name, "q_offset", q_positions is None, "be 0 beside `q_positions`", offset, "Add it to these.")
+    checks.dtype(name, "integer", q_offset=offset, remedy="Positions are whole numbers.")
+    spec = " ".join(map(str, batch)) if jnp.ndim(offset) else ""
+    checks.shape(name, remedy="One offset a sequence.", q_offset=(offset, spec))
+    _check_range(name, "q_offset", offset)
+    xp = jnp if isinstance(offset, jax.Array) else np
+    return xp.asarray(offset, np.int32)[..., None] + np.arange(length, dtype=np.int32)
+
+
+def _check_rate(name: str, rate: Any) -> int:
+    """The rate of dropout in steps of 2^-16."""
+    ok = isinstance(rate, (int, float, np.integer, np.floating)) and not isinstance(rate, bool) and 0 <= rate < 1
+    checks.value(name, "dropout_rate", bool(ok), "be a Python number in [0, 1)", rate)
+    return dropout.threshold(float(rate))
+
+
+def _check_seed(name: str, seed: Any, steps: int) -> Any:
+    """The seed's two words, uint32 [2]; None when nothing is dropped."""
+    wanted, remedy = "be an int, a 32-bit integer scalar or a typed key", "Draw another one at every training step."
+    checks.value(
+        name, "dropout_seed", seed is not None or not steps, f"{wanted} when `dropout_rate` is not 0", seed, remedy
+    )
+    if not steps:
+        return None
+    if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        checks.shape(name, dropout_seed=(seed, ""), remedy="Split keys are for jax.vmap.")
+        return jax.random.bits(seed, (2,), jnp.uint32)
+    if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool):
+        checks.value(name, "dropout_seed", -(2**31) <= seed < 2**32, "fit into 32 bits", seed)
+        return jnp.array([int(seed) % 2**32, 0], jnp.uint32)
+    ok = jnp.shape(seed) == () and jnp.result_type(seed) in (jnp.int32, jnp.uint32)
+    checks.value(name, "dropout_seed", ok, wanted, f"{jnp.result_type(seed)} {jnp.shape(seed)}", remedy)
+    return jnp.stack([jnp.asarray(seed).astype(jnp.uint32), jnp.uint32(0)])
+
+
 def _default_scale(scale: float | None, dim: int) -> float:
     return 0.0 if scale is not None else max(dim, 1) ** -0.5
 
@@ -339,6 +417,8 @@ def _not_on_tpu(config: Config, operands: Operands) -> str | None:
         return f"TPUs have no {q.dtype.name}; cast to float32 or bfloat16"
     if not all(isinstance(size, int) for size in (*q.shape, *k.shape)):
         return "its blocks need sizes that are known, not symbolic ones"
+    if config.dropout:
+        return "its kernel has no dropout yet"
     blocks = tpu_blocks(config, operands)
     of_batch = [x for x in (operands.q_segments, operands.q_positions, operands.kv_positions) if x is not None]
     maps = max((x.shape[0] for x in of_batch), default=1)
@@ -368,59 +448,59 @@ def _differentiable(static: tuple, operands: Operands) -> tuple[jax.Array, jax.A
 
 def _differentiable_fwd(static: tuple, operands: Any) -> tuple:
     bias = operands.bias
-    if bias is not None and bias.perturbed:
-        raise NotImplementedError(
-            "attention: the derivative with respect to `bias` is computed by implementation='reference' only. "
-            "Pass that, or jax.lax.stop_gradient(bias)."
-        )
+    # Part of the structure of what is saved, and so known when the backward pass is traced.
+    wants_bias = () if bias is not None and bias.perturbed else None
     operands = jax.tree.map(lambda x: x.value, operands, is_leaf=lambda x: hasattr(x, "perturbed"))
     o, lse = _differentiable(static, operands)  # pyright: ignore[reportGeneralTypeIssues]
     o = checkpoint_name(o, "attention_output")
     lse = checkpoint_name(lse, "attention_lse")
-    return (o, lse), (operands, o, lse)
+    return (o, lse), (operands, o, lse, wants_bias)
 
 
 def _differentiable_bwd(static: tuple, saved: tuple, cotangents: tuple) -> tuple[Operands]:
-    operands, o, lse = saved
+    operands, o, lse, wants_bias = saved
     o_cotangent, lse_cotangent = (
         jnp.zeros(like.shape, like.dtype) if isinstance(given, jax.custom_derivatives.SymbolicZero) else given
         for given, like in zip(cotangents, (o, lse), strict=True)
     )
-    grads = _backward(static[1], operands, o, lse, o_cotangent, lse_cotangent)
-    dq, dk, dv = grads  # pyright: ignore[reportGeneralTypeIssues]
-    return (Operands(dq, dk, dv),)
+    implementation, config = static
+    config = replace(config, bias_gradient=wants_bias is not None)
+    grads = _backward((implementation, config), operands, o, lse, o_cotangent, lse_cotangent)
+    return (Operands(*grads),)  # pyright: ignore[reportGeneralTypeIssues]
 
 
 _differentiable.defvjp(_differentiable_fwd, _differentiable_bwd, symbolic_zeros=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _backward(config: Config, operands: Operands, o: Any, lse: Any, o_cotangent: Any, lse_cotangent: Any) -> tuple:
-    return tuple(_backward_call(None, config, (operands, o, lse, o_cotangent, lse_cotangent)))
+def _backward(static: tuple, operands: Operands, o: Any, lse: Any, o_cotangent: Any, lse_cotangent: Any) -> tuple:
+    return tuple(_backward_call(*static, (operands, o, lse, o_cotangent, lse_cotangent)))
 
 
-def _backward_fwd(config: Config, *inputs: Any) -> tuple:
+def _backward_fwd(static: tuple, *inputs: Any) -> tuple:
     operands, _, lse, *cotangents = inputs
-    return _backward(config, *inputs), (operands, lse, cotangents)
+    return _backward(static, *inputs), (operands, lse, cotangents)
 
 
-def _backward_bwd(config: Config, saved: tuple, cotangents: tuple) -> tuple:
+def _backward_bwd(static: tuple, saved: tuple, cotangents: tuple) -> tuple:
     """The derivative of the backward pass, dense: o and lse are seen as functions of the operands here."""
+    config = static[1]
     operands, lse, (o_cotangent, lse_cotangent) = saved
     # As in the backward pass itself: what comes back from a row that sees nothing does not count.
     sees = lse != -jnp.inf
     o_cotangent = jnp.where(jnp.swapaxes(sees, 1, 2)[..., None], o_cotangent, 0)
     lse_cotangent = jnp.where(sees, lse_cotangent, 0)
+    of = ("q", "k", "v", "bias") if config.bias_gradient else ("q", "k", "v")
 
-    def pulled(q: Any, k: Any, v: Any, *given: Any) -> tuple:
-        def run(q: Any, k: Any, v: Any) -> tuple:
-            return reference.forward(config, operands._replace(q=q, k=k, v=v))
+    def pulled(arrays: dict, *given: Any) -> tuple:
+        def run(arrays: dict) -> tuple:
+            return reference.forward(config, operands._replace(**arrays))
 
-        return jax.vjp(run, q, k, v)[1](given)
+        return tuple(jax.vjp(run, arrays)[1](given)[0][name] for name in of)
 
-    inputs = (operands.q, operands.k, operands.v, o_cotangent, lse_cotangent)
-    dq, dk, dv, *rest = jax.vjp(pulled, *inputs)[1](cotangents)
-    return (Operands(dq, dk, dv), None, None, *rest)
+    arrays = {name: getattr(operands, name) for name in of}
+    grads, *rest = jax.vjp(pulled, arrays, o_cotangent, lse_cotangent)[1](cotangents)
+    return (Operands(**grads), None, None, *rest)
 
 
 _backward.defvjp(_backward_fwd, _backward_bwd)
@@ -437,14 +517,14 @@ def _forward_shapes(config: Config, operands: Operands) -> tuple[jax.ShapeDtypeS
 
 
 def _backward_shapes(config: Config, operands: tuple) -> tuple[jax.ShapeDtypeStruct, ...]:
-    return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[0][:3])
+    of = operands[0][: 4 if config.bias_gradient else 3]
+    return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in of)
 
 
-def _shareable(operands: Operands) -> Operands:
-    """A bias, a mask and positions may be shared by the whole batch."""
-    return Operands(
-        *(None if x is None else name in _SHARED for name, x in zip(Operands._fields, operands, strict=True))
-    )
+def _shareable(config: Config, operands: Operands) -> Operands:
+    """A bias, a mask and positions may be shared by the whole batch; not a bias whose cotangent is asked for."""
+    shared = {name: name in _SHARED and not (name == "bias" and config.bias_gradient) for name in Operands._fields}
+    return Operands(**{name: None if getattr(operands, name) is None else shared[name] for name in shared})
 
 
 def _xla_backward(sequential: bool) -> Callable:
@@ -472,5 +552,5 @@ _backward_call = dispatch.primitive(
     xla={"default": _xla_backward(False), "cpu": _xla_backward(True)},
     accelerated={},
     unsupported={},
-    shareable=lambda operands: (_shareable(operands[0]), *(False,) * 4),
+    shareable=lambda config, operands: (_shareable(config, operands[0]), *(False,) * 4),
 )

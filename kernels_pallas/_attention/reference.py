@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas._attention import masks
+from kernels_pallas._attention import dropout, masks
 from kernels_pallas._attention.config import Config, Operands, accumulator
 
 
@@ -13,7 +13,7 @@ def forward(config: Config, operands: Operands) -> tuple[jax.Array, jax.Array]:
     """Output [B, T, Hq, Dv] in the dtype of q, and log-sum-exp [B, Hq, T] in float32 at least.
 
     s = cap tanh((scale q k^T + bias) / cap), hidden entries -inf; lse = log sum_j exp s_j;
-    o = sum_j exp(s_j - lse) v_j.
+    o = sum_j exp(s_j - lse) v_j, where dropout takes some of the weights and multiplies the others by its gain.
     A row that sees nothing has o = 0 and lse = -inf.
     """
     s = scores(config, operands)  # [B, Hq, T, S]
@@ -29,6 +29,8 @@ def forward(config: Config, operands: Operands) -> tuple[jax.Array, jax.Array]:
     lse = jnp.where(sees, top[..., 0] + jnp.log(safe), -jnp.inf)
     p = p / safe[..., None]
     B, H, T, S = s.shape
+    if config.dropout:
+        p = jnp.where(dropout.dense(operands.dropout_keys, T, S, config.dropout), dropout.gain(config.dropout) * p, 0)
     k_heads, v_dim = operands.v.shape[2:]
     grouped = p.reshape(B, k_heads, H // k_heads, T, S)
     v = operands.v.astype(s.dtype)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas._attention import masks
+from kernels_pallas._attention import dropout, masks
 from kernels_pallas._attention.config import Config, Operands, accumulator, precision
 
 # Queries and keys a tile. A CPU divides the products and the exponentials of a tile of this size over its cores, and
@@ -56,26 +56,24 @@ def backward(
     lse_cotangent: jax.Array,
     *,
     sequential: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Cotangents of q, k and v.
+) -> tuple[jax.Array, ...]:
+    """Cotangents of q, k and v, and of the bias where `config.bias_gradient` says so.
 
     With delta = rowsum(do o) - dlse: dv = p^T do, ds = p (do v^T - delta), through the cap ds (1 - (s / cap)^2),
-    dq = scale ds k, dk = scale ds^T q. Query heads that share a key head add up in the accumulator's dtype.
+    dbias = ds, dq = scale ds k, dk = scale ds^T q. Dropout takes entries of p and of do v^T alike. Query heads that
+    share a key head, and all that shares a bias, add up in the accumulator's dtype.
     """
     acc = accumulator(operands.q.dtype)
     dtype, scale = operands.q.dtype, config.scale
-    config, operands = _scaled(config, operands, sequential)
-    sees = lse != -jnp.inf
-    delta = jnp.swapaxes(jnp.sum(o_cotangent.astype(acc) * o.astype(acc), axis=-1), 1, 2)
-    # A row that sees nothing has no gradient, whatever its cotangents are.
-    delta = jnp.where(sees, delta - lse_cotangent, 0)
-    o_cotangent = jnp.where(jnp.swapaxes(sees, 1, 2)[..., None], o_cotangent, 0)
-    blocks = _prepare(config, operands, sequential, o_cotangent, jnp.where(sees, lse, 0), delta)
     T, S = operands.q.shape[1], operands.k.shape[1]
+    config, blocks = _prepare_backward(config, operands, o, lse, o_cotangent, lse_cotangent, sequential)
     k_heads = operands.k.shape[2]
     zeros = tuple(jnp.zeros(x.shape[:2] + (blocks.columns * x.shape[3], x.shape[4]), acc) for x in (blocks.k, blocks.v))
+    bias: tuple = ()
     if sequential:
-        dq, (dk, dv) = _walk(blocks, partial(_backward_row, config), zeros)
+        if config.bias_gradient:
+            zeros = (*zeros, jnp.zeros(blocks.bias.shape, acc))
+        dq, (dk, dv, *bias) = _walk(blocks, partial(_backward_row, config), zeros)
     else:
 
         def head(at: _Place) -> tuple:
@@ -90,8 +88,45 @@ def backward(
         dq, dk, dv = _over_heads(blocks, head)
         dk = config.scale * dk
         dk, dv = (x.reshape(x.shape[0], k_heads, -1, *x.shape[2:]).sum(2) for x in (dk, dv))
+        if config.bias_gradient:
+            bias = (_bias_tiles(config, blocks),)
     dq = scale * dq.reshape(*dq.shape[:2], -1, dq.shape[-1])
-    return tuple(jnp.swapaxes(x, 1, 2).astype(dtype) for x in (dq[:, :, :T], dk[:, :, :S], dv[:, :, :S]))
+    if config.dropout:
+        dv = dropout.gain(config.dropout) * dv
+    grads = (jnp.swapaxes(x, 1, 2).astype(dtype) for x in (dq[:, :, :T], dk[:, :, :S], dv[:, :, :S]))
+    return (*grads, *(_cut(x, operands.bias) for x in bias))
+
+
+def bias_gradient(
+    config: Config, operands: Operands, o: jax.Array, lse: jax.Array, o_cotangent: jax.Array, lse_cotangent: jax.Array
+) -> jax.Array:
+    """Cotangent of the bias alone, for an accelerator whose kernel gives those of q, k and v."""
+    config, blocks = _prepare_backward(config, operands, o, lse, o_cotangent, lse_cotangent, sequential=False)
+    return _cut(_bias_tiles(config, blocks), operands.bias)
+
+
+def _prepare_backward(
+    config: Config,
+    operands: Operands,
+    o: jax.Array,
+    lse: jax.Array,
+    o_cotangent: jax.Array,
+    lse_cotangent: jax.Array,
+    sequential: bool,
+) -> tuple[Config, _Blocks]:
+    acc = accumulator(operands.q.dtype)
+    config, operands = _scaled(config, operands, sequential)
+    sees = lse != -jnp.inf
+    delta = jnp.swapaxes(jnp.sum(o_cotangent.astype(acc) * o.astype(acc), axis=-1), 1, 2)
+    # A row that sees nothing has no gradient, whatever its cotangents are.
+    delta = jnp.where(sees, delta - lse_cotangent, 0)
+    o_cotangent = jnp.where(jnp.swapaxes(sees, 1, 2)[..., None], o_cotangent, 0)
+    return config, _prepare(config, operands, sequential, o_cotangent, jnp.where(sees, lse, 0), delta)
+
+
+def _cut(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Without the padding of whole blocks, in the dtype of the bias."""
+    return x[:, :, : like.shape[2], : like.shape[3]].astype(like.dtype)
 
 
 def _scaled(config: Config, operands: Operands, sequential: bool) -> tuple[Config, Operands]:
@@ -126,6 +161,7 @@ class _Blocks(NamedTuple):
     o_cotangent: Any  # [B, H, rows, bq, Dv]; these three for the backward pass
     lse: Any  # [B, H, rows, bq]
     delta: Any  # [B, H, rows, bq]
+    dropout_keys: Any  # [B, H, 2]
 
     @property
     def rows(self) -> int:
@@ -159,11 +195,24 @@ class _Place(NamedTuple):
         x = getattr(self.blocks, name)
         if x is None:
             return None
+        starts, sizes = self._tile_of(x, i, j)
+        return jax.lax.dynamic_slice(x, starts, sizes).reshape(sizes[-2:])
+
+    def add_to_bias(self, total: jax.Array, i: Any, j: Any, share: jax.Array) -> jax.Array:
+        """`total`, an array like the bias, with the share of block (i, j) added to its part."""
+        starts, sizes = self._tile_of(total, i, j)
+        if sizes[-2] == 1:
+            share = jnp.sum(share, axis=0, keepdims=True)
+        old = jax.lax.dynamic_slice(total, starts, sizes)
+        return jax.lax.dynamic_update_slice(total, old + share.reshape(sizes), starts)
+
+    def _tile_of(self, x: jax.Array, i: Any, j: Any) -> tuple[tuple, tuple]:
+        """Where block (i, j) of a bias or mask starts, and its sizes; axes of 1 are shared."""
         lead = tuple(0 if size == 1 else n for n, size in zip(self.q, x.shape, strict=False))
         spans = (self.blocks.q.shape[-2], self.blocks.k.shape[-2])
         sizes = tuple(1 if size == 1 else span for size, span in zip(x.shape[-2:], spans, strict=True))
         starts = tuple(0 if size == 1 else n * size for n, size in zip((i, j), sizes, strict=True))
-        return jax.lax.dynamic_slice(x, _index(lead + starts), (1,) * len(lead) + sizes).reshape(sizes)
+        return _index(lead + starts), (1,) * len(lead) + sizes
 
 
 def _index(starts: tuple) -> tuple:
@@ -214,6 +263,7 @@ def _prepare(config: Config, operands: Operands, sequential: bool, *cotangents: 
         inside,
         *spans,
         *back,
+        operands.dropout_keys,
     )
 
 
@@ -299,7 +349,10 @@ def _forward_row(config: Config, at: _Place, i: jax.Array, dtype: Any) -> tuple[
         p = jnp.exp(s - safe[:, None])
         shrink = jnp.exp(m - safe)
         v = at.at("v", j)
-        return top, shrink * l + jnp.sum(p, axis=1), shrink[:, None] * o + _dot(p.astype(v.dtype), v, (1, 0))
+        l = shrink * l + jnp.sum(p, axis=1)
+        if config.dropout:
+            p = jnp.where(_kept(config, at, i, j), p, 0)
+        return top, l, shrink[:, None] * o + _dot(p.astype(v.dtype), v, (1, 0))
 
     start = (jnp.full((bq,), -jnp.inf, acc), jnp.zeros((bq,), acc), jnp.zeros((bq, v_dim), acc))
     first, whole, last = _span(at, i)
@@ -309,12 +362,13 @@ def _forward_row(config: Config, at: _Place, i: jax.Array, dtype: Any) -> tuple[
     m, l, o = carry
     sees = l != 0
     l = jnp.where(sees, l, 1)
+    if config.dropout:
+        o = dropout.gain(config.dropout) * o
     return (o / l[:, None]).astype(dtype), jnp.where(sees, m + jnp.log(l), -jnp.inf)
 
 
 def _backward_row(config: Config, at: _Place, i: jax.Array, sums: tuple) -> tuple[jax.Array, tuple]:
-    q, do = at.at("q", i), at.at("o_cotangent", i)  # [bq, D], [bq, Dv]
-    lse, delta = at.at("lse", i)[:, None], at.at("delta", i)[:, None]
+    q, do, *_ = row = _row(at, i)
     bk = at.blocks.k.shape[-2]
     lead = at.kv
 
@@ -325,23 +379,62 @@ def _backward_row(config: Config, at: _Place, i: jax.Array, sums: tuple) -> tupl
         return jax.lax.dynamic_update_slice(total, old + share.reshape(shape), start)
 
     def step(j: jax.Array, carry: tuple) -> tuple:
-        dq, dk, dv = carry
-        k, v = at.at("k", j), at.at("v", j)
-        s, seen = _scores(config, at, q, i, j, whole=False)
-        p = jnp.exp(s - lse)
-        if seen is not None:
-            p = jnp.where(seen, p, 0)
-        dv = add(dv, j, _dot(p.astype(do.dtype), do, (0, 0)))
-        ds = p * (_dot(do, v, (1, 1)) - delta)
-        if config.soft_cap is not None:
-            ds = ds * (1 - jnp.square(s / config.soft_cap))
+        dq, dk, dv, *bias = carry
+        weights, ds = _backward_tile(config, at, i, j, row)
+        dv = add(dv, j, _dot(weights.astype(do.dtype), do, (0, 0)))
+        bias = [at.add_to_bias(total, i, j, ds) for total in bias]
         ds = ds.astype(q.dtype)
-        return dq + _dot(ds, k, (1, 0)), add(dk, j, _dot(ds, q, (0, 0))), dv
+        return dq + _dot(ds, at.at("k", j), (1, 0)), add(dk, j, _dot(ds, q, (0, 0))), dv, *bias
 
     start = jnp.zeros(q.shape, accumulator(q.dtype))
     first, _, last = _span(at, i)
-    dq, dk, dv = jax.lax.fori_loop(first, last, step, (start, *sums))
-    return dq, (dk, dv)
+    dq, *sums = jax.lax.fori_loop(first, last, step, (start, *sums))
+    return dq, tuple(sums)
+
+
+def _row(at: _Place, i: jax.Array) -> tuple[jax.Array, ...]:
+    """What the backward pass knows of a row: q [bq, D], do [bq, Dv], lse and delta [bq, 1]."""
+    return at.at("q", i), at.at("o_cotangent", i), at.at("lse", i)[:, None], at.at("delta", i)[:, None]
+
+
+def _backward_tile(config: Config, at: _Place, i: jax.Array, j: jax.Array, row: tuple) -> tuple[jax.Array, jax.Array]:
+    """Of one tile: the weights that dv sums, without the gain of dropout, and the cotangent of the scores."""
+    q, do, lse, delta = row
+    s, seen = _scores(config, at, q, i, j, whole=False)
+    p = jnp.exp(s - lse)
+    if seen is not None:
+        p = jnp.where(seen, p, 0)
+    dp = _dot(do, at.at("v", j), (1, 1))
+    weights = p
+    if config.dropout:
+        kept = _kept(config, at, i, j)
+        weights, dp = jnp.where(kept, p, 0), jnp.where(kept, dropout.gain(config.dropout) * dp, 0)
+    ds = p * (dp - delta)
+    if config.soft_cap is not None:
+        ds = ds * (1 - jnp.square(s / config.soft_cap))
+    return weights, ds
+
+
+def _bias_tiles(config: Config, blocks: _Blocks) -> jax.Array:
+    """The cotangent of the bias, tile by tile for all heads at once; padded to whole blocks, shared axes summed."""
+    shared = tuple(axis for axis in range(3) if blocks.bias.shape[axis] == 1)
+    columns = jnp.arange(blocks.columns, dtype=jnp.int32)
+
+    def tile(i: jax.Array, j: jax.Array) -> jax.Array:
+        def head(at: _Place) -> jax.Array:
+            return _backward_tile(config, at, i, j, _row(at, i))[1]
+
+        return jnp.sum(_over_heads(blocks, head), axis=shared, keepdims=True)  # [B?, H?, bq or 1, bk]
+
+    def row(i: jax.Array) -> jax.Array:
+        tiles = jnp.moveaxis(jax.lax.map(lambda j: tile(i, j), columns), 0, 3)
+        return tiles.reshape(*tiles.shape[:3], -1)  # [B?, H?, bq or 1, S]
+
+    rows = jnp.arange(blocks.rows, dtype=jnp.int32)
+    if 2 in shared:
+        start = jnp.zeros(blocks.bias.shape, accumulator(blocks.q.dtype))
+        return jax.lax.scan(lambda total, i: (total + row(i), None), start, rows)[0]
+    return jnp.moveaxis(jax.lax.map(row, rows), 0, 2).reshape(blocks.bias.shape)
 
 
 def _span(at: _Place, i: jax.Array) -> tuple[Any, Any, Any]:
@@ -380,6 +473,15 @@ def _scores(
     if inside is not None:
         seen = inside if seen is None else seen & inside
     return s, seen
+
+
+def _kept(config: Config, at: _Place, i: jax.Array, j: jax.Array) -> jax.Array:
+    """What dropout keeps of one tile [bq, bk]."""
+    keys = at.at("dropout_keys")
+    bq, bk = at.blocks.q.shape[-2], at.blocks.k.shape[-2]
+    wide = bk + -bk % dropout.LANES
+    aligned = bk % dropout.SPAN == 0 or at.blocks.columns == 1
+    return dropout.tile(keys[0], keys[1], i * bq, j * bk, (bq, wide), config.dropout, aligned=aligned)[:, :bk]
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:

@@ -27,10 +27,7 @@ def attention(*arrays: jax.Array, implementation: str | None, **flags: Any) -> t
 
 
 def _canonical(arrays: tuple, flags: dict) -> tuple:
-    names = ("bias", "mask", "segment_ids", "q_positions", "kv_positions")
-    given = [flags.get(name) for name in names]
-    static = (flags.get("causal", False), *(flags.get(name) for name in ("window", "soft_cap", "scale")))
-    return api.prepare(*arrays, *given, *static, BLOCKS)
+    return api.prepare(*arrays, block_sizes=BLOCKS, **flags)
 
 
 def _run(forward: Callable, arrays: tuple, flags: dict) -> tuple[jax.Array, jax.Array]:

@@ -1,5 +1,7 @@
 """Attention beyond the contract: oracles nobody here wrote, identities, memory, every bad argument."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 import kernels_pallas
 from kernels_pallas import BlockSizes, attention
-from kernels_pallas._attention import masks, reference
+from kernels_pallas._attention import api, masks, reference, xla
 from kernels_pallas._attention.config import Config, Operands
 from tests.contracts.kernel import KERNELS
 from tests.tolerances import tolerance
@@ -177,17 +179,90 @@ def test_block_kinds_never_lie(data):
                 assert kinds[i, j] != masks.FULL
 
 
-def test_gradient_of_a_bias_is_refused_or_dense(x64):
-    q, k, v = inputs("float64")
-    bias = jnp.zeros((1, 4, 130, 150))
-    scalar = lambda b, of: jnp.sum(attention(q, k, v, bias=b, implementation=of) ** 2)  # noqa: E731
-    with pytest.raises(NotImplementedError, match=r"attention: the derivative with respect to `bias` .*='reference'"):
-        jax.grad(scalar)(bias, None)
-    with pytest.raises(NotImplementedError, match=r"attention: the derivative with respect to `bias`"):
-        jax.jit(jax.grad(scalar), static_argnums=1)(bias, "xla")
-    assert jax.grad(scalar)(bias, "reference").shape == bias.shape
-    # A bias that is not differentiated is no obstacle.
-    assert jax.grad(lambda q: jnp.sum(attention(q, k, v, bias=bias)))(q).shape == q.shape
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 130, 150), (1, 4, 130, 150), (2, 1, 1, 150), (1, 1, 1, 150), (1, 1, 130, 150)]
+)
+@pytest.mark.parametrize("way", ["xla", "all heads at once", "bias alone"])
+def test_gradient_of_a_bias(shape, way, x64):
+    arrays = inputs("float64")
+    bias = jnp.asarray(np.random.default_rng(4).normal(size=shape)).at[..., 7].set(-jnp.inf)
+    flags = {"causal": True, "dropout_rate": 0.2, "dropout_seed": 1, "block_sizes": SMALL}
+
+    def loss(o, lse):
+        return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.cos(lse))
+
+    def scalar(*arrays, of):
+        *arrays, bias = arrays
+        return loss(*attention(*arrays, bias=bias, return_lse=True, implementation=of, **flags))
+
+    want = jax.grad(lambda *a: scalar(*a, of="reference"), (0, 1, 2, 3))(*arrays, bias)
+    if way == "xla":
+        got = jax.grad(lambda *a: scalar(*a, of="xla"), (0, 1, 2, 3))(*arrays, bias)
+    else:
+        config, operands, _ = api.prepare(*arrays, bias=bias, **flags)
+        config = dataclasses.replace(config, bias_gradient=True)
+        outputs = xla.forward(config, operands, sequential=False)
+        saved = (*outputs, *jax.grad(loss, (0, 1))(*outputs))
+        if way == "bias alone":
+            got, want = [xla.bias_gradient(config, operands, *saved)], want[3:]
+        else:
+            got = xla.backward(config, operands, *saved, sequential=False)
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == w.dtype
+        close(g, w, "float64", condition=10)
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)])
+@pytest.mark.parametrize("lead", [1, 2])
+def test_gradient_of_a_bias_under_vmap(axes, lead, x64):
+    q, k, v = inputs("float64", T=40, S=50)
+    rng = np.random.default_rng(0)
+    bias = jnp.asarray(rng.normal(size=(3, lead, 1, 40, 50)))
+    run = jax.grad(lambda q, b: jnp.sum(jnp.sin(attention(q, k, v, bias=b))), (0, 1))
+    given = (jnp.stack([q, 2 * q, -q]) if axes[0] == 0 else q, bias if axes[1] == 0 else bias[0])
+    many = jax.vmap(run, in_axes=axes)(*given)
+    for lane in range(3):
+        one = run(*(x[lane] if axis == 0 else x for x, axis in zip(given, axes, strict=True)))
+        for g, w in zip(many, one, strict=True):
+            close(g[lane], w, "float64", condition=10)
+
+
+def test_second_order_through_a_bias(x64):
+    q, k, v = inputs("float64", T=20, S=30)
+    bias = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 20, 30)))
+
+    def product(of):
+        inner = jax.grad(lambda q, b: jnp.sum(jnp.sin(attention(q, k, v, bias=b, implementation=of))), (0, 1))
+        return jax.grad(lambda *a: sum(jnp.sum(jnp.cos(g)) for g in inner(*a)), (0, 1))(q, bias)
+
+    for got, want in zip(product("xla"), product("reference"), strict=True):
+        close(got, want, "float64", condition=10)
+
+
+def test_memory_of_a_bias_gradient_is_that_of_the_bias():
+    def temp(T):
+        f = jax.grad(lambda q, b: attention(q, q, q, bias=b, implementation="xla").sum(), (0, 1))
+        specs = (jax.ShapeDtypeStruct((1, T, 2, 32), jnp.float32), jax.ShapeDtypeStruct((1, 1, 1, T), jnp.float32))
+        return jax.jit(f).lower(*specs).compile().memory_analysis().temp_size_in_bytes
+
+    assert temp(16384) <= 4.4 * temp(4096)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_an_offset_moves_the_queries(implementation):
+    q, k, v = inputs()
+    run = lambda **f: attention(q, k, v, causal=True, window=(40, None), implementation=implementation, **f)  # noqa: E731
+    want = run(q_positions=jnp.arange(130) + 17)
+    np.testing.assert_array_equal(run(q_offset=17), want)
+    close(jax.jit(lambda n: run(q_offset=n))(17), want)
+    rows = run(q_offset=jnp.array([17, 3]))
+    close(rows[0], want[0])
+    close(rows[1], run(q_offset=3)[1])
+    # Prefill in chunks: each chunk of queries against the keys so far.
+    whole = attention(q, k, v, causal=True, implementation=implementation)
+    for start in (0, 50, 100):
+        chunk = attention(q[:, start : start + 50], k, v, causal=True, q_offset=start, implementation=implementation)
+        close(chunk, whole[:, start : start + 50])
 
 
 def test_remat_scan_and_jit(x64):
@@ -242,6 +317,15 @@ BAD = [
     ({"segment_ids": (jnp.zeros((2, 130)), jnp.zeros((2, 150)))}, TypeError, r"`segment_ids\[0\]` must have an int"),
     ({"q_positions": jnp.zeros(150, int)}, ValueError, r"attention: `q_positions` must have shape \(130,\); got \(150"),
     ({"block_sizes": (128, 128)}, TypeError, r"attention: `block_sizes` must be a BlockSizes; got tuple"),
+    ({"dropout_rate": 1.0}, ValueError, r"attention: `dropout_rate` must be a Python number in \[0, 1\); got 1.0"),
+    ({"dropout_rate": jnp.array(0.1)}, ValueError, r"attention: `dropout_rate` must be a Python number in"),
+    ({"dropout_rate": 0.1}, ValueError, r"attention: `dropout_seed` must be an int, .* when `dropout_rate` is"),
+    ({"dropout_rate": 0.1, "dropout_seed": 2**32}, ValueError, r"attention: `dropout_seed` must fit into 32 bits; got"),
+    ({"dropout_rate": 0.1, "dropout_seed": jnp.ones(2, int)}, ValueError, r"attention: `dropout_seed` must .*\(2,\)"),
+    ({"dropout_rate": 0.1, "dropout_seed": 1.5}, ValueError, r"attention: `dropout_seed` must be an int, a.*float"),
+    ({"q_offset": 3, "q_positions": jnp.arange(130)}, ValueError, r"attention: `q_offset` must be 0 beside `q_pos"),
+    ({"q_offset": jnp.zeros(3, int)}, ValueError, r"attention: `q_offset` must have shape \(2,\); got \(3,\). One off"),
+    ({"q_offset": 1.5}, TypeError, r"attention: `q_offset` must have an integer dtype; got float32. Positions are"),
     ({"implementation": "gpu"}, NotImplementedError, r"attention: implementation 'gpu' cannot do this call: there is"),
 ]  # fmt: skip
 
