@@ -24,6 +24,8 @@ from kernels_pallas._attention.config import Config, Operands, accumulator, prec
 # Queries and keys a tile. A CPU divides the products and the exponentials of a tile of this size over its cores, and
 # the tile stays in their caches; smaller tiles run on one core, larger ones wait for memory.
 _BLOCKS = (1024, 512)
+# Rows of a multiple of so many queries may be cut in two; the halves of others would be small or uneven.
+_HALVED = 512
 
 
 def forward(config: Config, operands: Operands, *, sequential: bool) -> tuple[jax.Array, jax.Array]:
@@ -158,6 +160,9 @@ class _Blocks(NamedTuple):
     first: Any
     whole: Any
     last: Any
+    # Where it is known before the program runs that the upper half of the queries of a row ends earlier: one past the
+    # last block that this half sees, int32 [B?, 1, rows]; else None.
+    upper: Any
     o_cotangent: Any  # [B, H, rows, bq, Dv]; these three for the backward pass
     lse: Any  # [B, H, rows, bq]
     delta: Any  # [B, H, rows, bq]
@@ -172,12 +177,26 @@ class _Blocks(NamedTuple):
         return self.k.shape[2]
 
 
+# What has one entry a query.
+_OF_QUERIES = ("q", "q_positions", "q_segments", "o_cotangent", "lse", "delta")
+
+
 class _Place(NamedTuple):
-    """Blocks with the indices of one head in front, empty when vmap has taken these axes away."""
+    """Blocks with the indices of one head in front, empty when vmap has taken these axes away.
+
+    `lower`: only the lower half of a row's queries, those that come last, are looked at.
+    """
 
     blocks: _Blocks
     q: tuple
     kv: tuple
+    lower: bool = False
+
+    @property
+    def queries(self) -> tuple[int, int]:
+        """The first query of a row that is looked at, and how many are."""
+        bq = self.blocks.q.shape[-2]
+        return (bq // 2, bq - bq // 2) if self.lower else (0, bq)
 
     def at(self, name: str, *index: Any) -> Any:
         """One block of the array of that name, None if it is not there."""
@@ -188,7 +207,8 @@ class _Place(NamedTuple):
         lead = tuple(0 if size == 1 else i for i, size in zip(lead, x.shape, strict=False))
         sizes = (1,) * len(lead + index) + x.shape[len(lead + index) :]
         starts = lead + index + (0,) * (len(sizes) - len(lead + index))
-        return jax.lax.dynamic_slice(x, _index(starts), sizes).reshape(sizes[len(lead + index) :])
+        block = jax.lax.dynamic_slice(x, _index(starts), sizes).reshape(sizes[len(lead + index) :])
+        return block[self.queries[0] :] if name in _OF_QUERIES else block
 
     def tile(self, name: str, i: Any, j: Any) -> Any:
         """The part of a bias or mask that belongs to block (i, j), [bq or 1, bk or 1]."""
@@ -209,9 +229,10 @@ class _Place(NamedTuple):
     def _tile_of(self, x: jax.Array, i: Any, j: Any) -> tuple[tuple, tuple]:
         """Where block (i, j) of a bias or mask starts, and its sizes; axes of 1 are shared."""
         lead = tuple(0 if size == 1 else n for n, size in zip(self.q, x.shape, strict=False))
-        spans = (self.blocks.q.shape[-2], self.blocks.k.shape[-2])
-        sizes = tuple(1 if size == 1 else span for size, span in zip(x.shape[-2:], spans, strict=True))
-        starts = tuple(0 if size == 1 else n * size for n, size in zip((i, j), sizes, strict=True))
+        bq, bk = self.blocks.q.shape[-2], self.blocks.k.shape[-2]
+        places = (i * bq + self.queries[0], j * bk)
+        sizes = tuple(1 if size == 1 else span for size, span in zip(x.shape[-2:], (self.queries[1], bk), strict=True))
+        starts = tuple(0 if size == 1 else place for size, place in zip(x.shape[-2:], places, strict=True))
         return _index(lead + starts), (1,) * len(lead) + sizes
 
 
@@ -237,6 +258,7 @@ def _prepare(config: Config, operands: Operands, sequential: bool, *cotangents: 
 
     hidden = masks.masked(config, operands) or S % bk
     spans = _spans(masks.block_kinds(config, operands, bq, bk), sequential) if hidden else (None,) * 3
+    upper = _upper(config, operands, bq, bk) if hidden and sequential else None
     inside = None
     if S % bk:
         inside = (jnp.arange(S + -S % bk) < S).reshape(1, 1, -1, bk)
@@ -262,6 +284,7 @@ def _prepare(config: Config, operands: Operands, sequential: bool, *cotangents: 
         line(operands.kv_segments, bk),
         inside,
         *spans,
+        upper,
         *back,
         operands.dropout_keys,
     )
@@ -278,6 +301,18 @@ def _spans(kinds: Any, sequential: bool) -> tuple[jax.Array, jax.Array, jax.Arra
     last = jnp.max(jnp.where(live, columns + 1, 0), axis=-1)
     whole = jnp.min(jnp.where((columns >= first[..., None]) & ~full, columns, columns.size), axis=-1)
     return first, whole, last
+
+
+def _upper(config: Config, operands: Operands, bq: int, bk: int) -> jax.Array | None:
+    """`upper` of `_Blocks`: under a causal mask, half of the work on the tiles of the diagonal would be thrown away."""
+    kinds = masks.block_kinds(config, operands, bq // 2, bk) if bq % _HALVED == 0 else None
+    if not isinstance(kinds, np.ndarray):
+        return None
+    ends = np.max(np.where(kinds != masks.SKIP, np.arange(1, kinds.shape[-1] + 1, dtype=np.int32), 0), axis=-1)
+    upper, lower = ends[:, ::2], ends[:, 1::2]
+    if not np.any(upper[:, : lower.shape[1]] < lower):
+        return None
+    return jnp.asarray(upper)[:, None]
 
 
 # --- Two ways over the heads and rows. --------------------------------------------------------------------------------
@@ -334,11 +369,30 @@ def _vmapped(run: Callable, axes: _Blocks, size: int, arrays: _Blocks) -> Any:
 
 
 def _forward_row(config: Config, at: _Place, i: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    q = at.at("q", i)  # [bq, D]
-    acc = accumulator(q.dtype)
-    bq, v_dim = q.shape[0], at.blocks.v.shape[-1]
+    bq, v_dim = at.queries[1], at.blocks.v.shape[-1]
+    acc = accumulator(at.blocks.q.dtype)
+    start = (jnp.full((bq,), -jnp.inf, acc), jnp.zeros((bq,), acc), jnp.zeros((bq, v_dim), acc))
+    first, whole, upper, last = _span(at, i)
+    carry = jax.lax.fori_loop(first, whole, _forward_step(config, at, i, whole=True), start)
+    if at.blocks.first is not None:
+        carry = jax.lax.fori_loop(whole, upper, _forward_step(config, at, i, whole=False), carry)
+    if at.blocks.upper is not None:
+        lower = at._replace(lower=True)
+        rest = jax.lax.fori_loop(upper, last, _forward_step(config, lower, i, whole=False), _lower_half(lower, carry))
+        carry = _with_lower_half(lower, carry, rest)
+    m, l, o = carry
+    sees = l != 0
+    l = jnp.where(sees, l, 1)
+    if config.dropout:
+        o = dropout.gain(config.dropout) * o
+    return (o / l[:, None]).astype(dtype), jnp.where(sees, m + jnp.log(l), -jnp.inf)
 
-    def step(j: jax.Array, carry: tuple, *, whole: bool) -> tuple:
+
+def _forward_step(config: Config, at: _Place, i: jax.Array, *, whole: bool) -> Callable:
+    """Online softmax over one more tile: `step(j, (m, l, o))`."""
+    q = at.at("q", i)  # [bq, D]
+
+    def step(j: jax.Array, carry: tuple) -> tuple:
         m, l, o = carry
         s, seen = _scores(config, at, q, i, j, whole=whole)
         if seen is not None:
@@ -354,20 +408,32 @@ def _forward_row(config: Config, at: _Place, i: jax.Array, dtype: Any) -> tuple[
             p = jnp.where(_kept(config, at, i, j), p, 0)
         return top, l, shrink[:, None] * o + _dot(p.astype(v.dtype), v, (1, 0))
 
-    start = (jnp.full((bq,), -jnp.inf, acc), jnp.zeros((bq,), acc), jnp.zeros((bq, v_dim), acc))
-    first, whole, last = _span(at, i)
-    carry = jax.lax.fori_loop(first, whole, partial(step, whole=True), start)
-    if at.blocks.first is not None:
-        carry = jax.lax.fori_loop(whole, last, partial(step, whole=False), carry)
-    m, l, o = carry
-    sees = l != 0
-    l = jnp.where(sees, l, 1)
-    if config.dropout:
-        o = dropout.gain(config.dropout) * o
-    return (o / l[:, None]).astype(dtype), jnp.where(sees, m + jnp.log(l), -jnp.inf)
+    return step
+
+
+def _lower_half(lower: _Place, arrays: tuple) -> tuple:
+    return tuple(x[lower.queries[0] :] for x in arrays)
+
+
+def _with_lower_half(lower: _Place, arrays: tuple, halves: tuple) -> tuple:
+    return tuple(jnp.concatenate([x[: lower.queries[0]], half]) for x, half in zip(arrays, halves, strict=True))
 
 
 def _backward_row(config: Config, at: _Place, i: jax.Array, sums: tuple) -> tuple[jax.Array, tuple]:
+    acc = accumulator(at.blocks.q.dtype)
+    start = jnp.zeros((at.queries[1], at.blocks.q.shape[-1]), acc)
+    first, _, upper, last = _span(at, i)
+    dq, *sums = jax.lax.fori_loop(first, upper, _backward_step(config, at, i), (start, *sums))
+    if at.blocks.upper is not None:
+        lower = at._replace(lower=True)
+        (half,) = _lower_half(lower, (dq,))
+        half, *sums = jax.lax.fori_loop(upper, last, _backward_step(config, lower, i), (half, *sums))
+        (dq,) = _with_lower_half(lower, (dq,), (half,))
+    return dq, tuple(sums)
+
+
+def _backward_step(config: Config, at: _Place, i: jax.Array) -> Callable:
+    """The shares of one more tile: `step(j, (dq, dk, dv, ...))`."""
     q, do, *_ = row = _row(at, i)
     bk = at.blocks.k.shape[-2]
     lead = at.kv
@@ -386,10 +452,7 @@ def _backward_row(config: Config, at: _Place, i: jax.Array, sums: tuple) -> tupl
         ds = ds.astype(q.dtype)
         return dq + _dot(ds, at.at("k", j), (1, 0)), add(dk, j, _dot(ds, q, (0, 0))), dv, *bias
 
-    start = jnp.zeros(q.shape, accumulator(q.dtype))
-    first, _, last = _span(at, i)
-    dq, *sums = jax.lax.fori_loop(first, last, step, (start, *sums))
-    return dq, tuple(sums)
+    return step
 
 
 def _row(at: _Place, i: jax.Array) -> tuple[jax.Array, ...]:
@@ -437,12 +500,14 @@ def _bias_tiles(config: Config, blocks: _Blocks) -> jax.Array:
     return jnp.moveaxis(jax.lax.map(row, rows), 0, 2).reshape(blocks.bias.shape)
 
 
-def _span(at: _Place, i: jax.Array) -> tuple[Any, Any, Any]:
-    """`first`, `whole` and `last` of row i; everything is whole where nothing is hidden."""
+def _span(at: _Place, i: jax.Array) -> tuple[Any, Any, Any, Any]:
+    """`first`, `whole`, `upper` and `last` of row i; everything is whole where nothing is hidden."""
     if at.blocks.first is None:
         end = np.int32(at.blocks.k.shape[-3])
-        return np.int32(0), end, end
-    return at.at("first", i), at.at("whole", i), at.at("last", i)
+        return np.int32(0), end, end, end
+    first, whole, last = (at.at(name, i) for name in ("first", "whole", "last"))
+    # Blocks that both halves see whole come before any that only one of them sees.
+    return first, whole, last if at.blocks.upper is None else jnp.clip(at.at("upper", i), whole, last), last
 
 
 def _scores(
@@ -479,9 +544,11 @@ def _kept(config: Config, at: _Place, i: jax.Array, j: jax.Array) -> jax.Array:
     """What dropout keeps of one tile [bq, bk]."""
     keys = at.at("dropout_keys")
     bq, bk = at.blocks.q.shape[-2], at.blocks.k.shape[-2]
+    first, count = at.queries
     wide = bk + -bk % dropout.LANES
     aligned = bk % dropout.SPAN == 0 or at.blocks.columns == 1
-    return dropout.tile(keys[0], keys[1], i * bq, j * bk, (bq, wide), config.dropout, aligned=aligned)[:, :bk]
+    place = (i * bq + first, j * bk, (count, wide))
+    return dropout.tile(keys[0], keys[1], *place, config.dropout, aligned=aligned)[:, :bk]
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:

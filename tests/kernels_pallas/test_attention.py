@@ -248,6 +248,30 @@ def test_memory_of_a_bias_gradient_is_that_of_the_bias():
     assert temp(16384) <= 4.4 * temp(4096)
 
 
+@pytest.mark.parametrize("flags", [
+    {"causal": True}, {"window": (300, 70)}, {"causal": True, "q_offset": -200}, {"causal": True, "q_offset": 300},
+    {"causal": True, "soft_cap": 1.0, "dropout_rate": 0.3, "dropout_seed": 5},
+    {"causal": True, "segment_ids": np.repeat(np.arange(3), [300, 200, 650])[None].astype("int32")},
+], ids=str)  # fmt: skip
+def test_rows_cut_in_two(flags, x64):
+    """Blocks so long that the queries of a row are halved where the upper half sees less."""
+    q, k, v = inputs("float64", B=1, T=1150, S=1150, H=2, K=1, D=8, V=8)
+    bias = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 1150, 1150)))
+    blocks = BlockSizes(512, 256, 256)
+
+    def run(of, q, k, v, bias):
+        return attention(q, k, v, bias=bias, return_lse=True, implementation=of, block_sizes=blocks, **flags)
+
+    for g, w in zip(run("xla", q, k, v, bias), run("reference", q, k, v, bias), strict=True):
+        np.testing.assert_array_equal(np.isfinite(g), np.isfinite(w))
+        close(jnp.where(jnp.isfinite(g), g, 0), jnp.where(jnp.isfinite(w), w, 0), "float64")
+    finite = lambda x: jnp.where(jnp.isfinite(x), x, 0)  # noqa: E731
+    scalar = lambda of: lambda *a: sum(jnp.sum(jnp.sin(finite(o))) for o in run(of, *a))  # noqa: E731
+    got, want = (jax.grad(scalar(of), (0, 1, 2, 3))(q, k, v, bias) for of in ("xla", "reference"))
+    for g, w in zip(got, want, strict=True):
+        close(g, w, "float64", condition=10)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_an_offset_moves_the_queries(implementation):
     q, k, v = inputs()
