@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -36,3 +38,46 @@ def compile_for_tpu(function: Callable, topology: str, specs: Sequence[tuple[tup
     sharding = jax.sharding.SingleDeviceSharding(chip)
     inputs = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in specs]
     return jax.jit(function).lower(*inputs).compile()
+
+
+@contextlib.contextmanager
+def gpu_parameters() -> Iterator[Any]:
+    """Interpreter that simulates a GPU's shared memory, barriers and TMA: a race raises, unwritten memory holds NaN.
+
+    JAX's interpreter does not look for races in what a wgmma reads; here it does, at the moment the wgmma is issued, in
+    the clock of the asynchronous proxy, so that a missing wait for a copy and a missing fence after a store are found.
+    A kernel that raises leaves the simulated memory behind; leaving the block clears it. A missing arrival is a hang:
+    tests that use this need a timeout.
+    """
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.fail("the GPU interpreter needs jax 0.12 (Python 3.12)")
+    unwatched = gpu_callbacks.wgmma
+    gpu_callbacks.wgmma = partial(_watched_wgmma, unwatched)
+    try:
+        yield plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+    finally:
+        gpu_callbacks.wgmma = unwatched
+        gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+def _watched_wgmma(run: Callable, **arguments: Any) -> Any:
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    @gpu_callbacks.fail_on_exception
+    def check(thread: Any, source_info: Any) -> None:
+        memory = gpu_callbacks._get_shared_memory()
+        with memory.lock:
+            # A time of its own, in both clocks: what comes after is ordered against this read, what came before is not.
+            memory.clocks[thread].inc(memory.thread_to_vc_position(thread))
+            clock = memory.clocks[thread].copy().async_smem_clock
+        for operand in "ab":
+            key = gpu_callbacks.HostAllocationKey.from_array(arguments[f"{operand}_allocation_key_as_array"])
+            transforms = gpu_callbacks._remove_noop_transforms(arguments[f"{operand}_transforms"])
+            access = memory.access(key, jax.tree.map(int, transforms))
+            gpu_callbacks.get_races().check_read(thread, clock, key, access, source_info=source_info)
+
+    check(arguments["thread"], arguments["source_info"])
+    return run(**arguments)
