@@ -2,3 +2,9 @@
 
 from kernels_pallas._attention import BlockSizes as BlockSizes
 from kernels_pallas._attention import attention as attention
+from kernels_pallas._decode_attention import decode_attention as decode_attention
+from kernels_pallas.cache import KVCache as KVCache
+from kernels_pallas.cache import PagedKVCache as PagedKVCache
+from kernels_pallas.cache import append_to_cache as append_to_cache
+from kernels_pallas.cache import init_cache as init_cache
+from kernels_pallas.cache import init_paged_cache as init_paged_cache
