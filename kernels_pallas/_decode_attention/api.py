@@ -36,7 +36,7 @@ def decode_attention(
     implementation: str | None = None,
     num_splits: int | None = None,
 ) -> Any:
-    """Exact softmax attention of the newest tokens to a cache that holds them; its cost follows the length of the cache.
+    """Exact softmax attention of the newest tokens to a cache that holds them, at a cost that follows its length.
 
     Query t of a row lies at position i = length - T + t and sees key j iff 0 <= j <= i and, with a window,
     j >= i - left. With s_tj = scale q_t . k_j, then s <- soft_cap tanh(s / soft_cap), hidden entries -inf:
