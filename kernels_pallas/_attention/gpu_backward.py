@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -247,10 +246,7 @@ def _dq_compute(
 ) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    q, do, ds_stage = own_qk.at[warpgroup], own_ov.at[warpgroup], ds_smem.at[warpgroup]
-    barrier = ready.at[warpgroup]
-    start = at.row * (_ROWS * _WARPGROUPS) + warpgroup * _ROWS
-    span = pl.ds(start, _ROWS)
+    q, do, span, barrier = own_qk.at[warpgroup], own_ov.at[warpgroup], _span(at, warpgroup), ready.at[warpgroup]
     plgpu.copy_gmem_to_smem(inputs["q"].at[at.batch, span, at.head], q, barrier)
     plgpu.copy_gmem_to_smem(inputs["do"].at[at.batch, span, at.head], do, barrier)
     plgpu.copy_gmem_to_smem(inputs["lse"].at[at.batch, at.head, span], lse_smem.at[warpgroup], barrier)
@@ -266,15 +262,14 @@ def _dq_compute(
             slot = lax.rem(n, jnp.int32(plan.stages))
             k, v = moving_qk.at[slot], moving_ov.at[slot]
             plgpu.barrier_wait(full.at[slot])
-            s = _product(q, k.transpose((1, 0)))
-            p, slope = _weights(plan, s, _spread(lse, shape, 0))
-            if masked:
-                seen = _seen(plan, inputs, at, 0, start, at.block(n) * _STEP)
-                p = jnp.where(seen, p, 0.0)
-            dp = _product(do, v.transpose((1, 0)))
-            ds_stage[...] = _scores_cotangent(p, dp, _spread(delta, shape, 0), slope).astype(q.dtype)
+            own = _fresh(warpgroup)
+            s, dp = _products((own_qk.at[own], k.transpose((1, 0))), (own_ov.at[own], v.transpose((1, 0))))
+            seen = _seen(plan, inputs, at, 0, _start(at, own), at.block(n) * _STEP) if masked else None
+            _, sloped = _weights(plan, s, _spread(lse, shape, 0), seen)
+            ds = ds_smem.at[own]
+            ds[...] = (sloped * (dp - _spread(delta, shape, 0))).astype(k.dtype)
             plgpu.commit_smem()
-            plgpu.wgmma(dq, ds_stage, k)
+            plgpu.wgmma(dq, ds, k)
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(consumed.at[slot])
 
@@ -282,9 +277,11 @@ def _dq_compute(
         return dq[...]
 
     dq = pl.run_scoped(accumulate, plgpu.ACC(q.shape, jnp.float32))
+    own = _fresh(warpgroup)
+    q = own_qk.at[own]
     q[...] = (dq * plan.config.scale).astype(q.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q, dq_ref.at[at.batch, span, at.head])
+    plgpu.copy_smem_to_gmem(q, dq_ref.at[at.batch, _span(at, own), at.head])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -353,13 +350,10 @@ def _dkv_compute(
 ) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    k, v = own_qk.at[warpgroup], own_ov.at[warpgroup]
-    p_stage, ds_stage = p_smem.at[warpgroup], ds_smem.at[warpgroup]
-    start = at.row * (_ROWS * _WARPGROUPS) + warpgroup * _ROWS
-    span = pl.ds(start, _ROWS)
-    plgpu.copy_gmem_to_smem(inputs["k"].at[at.batch, span, at.head], k, ready.at[warpgroup])
-    plgpu.copy_gmem_to_smem(inputs["v"].at[at.batch, span, at.head], v, ready.at[warpgroup])
-    plgpu.barrier_wait(ready.at[warpgroup])
+    k, v, span, barrier = own_qk.at[warpgroup], own_ov.at[warpgroup], _span(at, warpgroup), ready.at[warpgroup]
+    plgpu.copy_gmem_to_smem(inputs["k"].at[at.batch, span, at.head], k, barrier)
+    plgpu.copy_gmem_to_smem(inputs["v"].at[at.batch, span, at.head], v, barrier)
+    plgpu.barrier_wait(barrier)
     by_column = plgpu.Layout.WGMMA.reduce(0)
     shape = (_ROWS, _STEP)
 
@@ -368,20 +362,20 @@ def _dkv_compute(
             slot = lax.rem(n, jnp.int32(plan.stages))
             q, do = moving_qk.at[slot], moving_ov.at[slot]
             plgpu.barrier_wait(full.at[slot])
-            sT = _product(k, q.transpose((1, 0)))
-            lse = compat.gpu_load(lse_smem.at[slot], layout=by_column)
-            pT, slope = _weights(plan, sT, _spread(lse, shape, 1))
+            own = _fresh(warpgroup)
+            sT, dpT = _products((own_qk.at[own], q.transpose((1, 0))), (own_ov.at[own], do.transpose((1, 0))))
+            seen = None
             if masked:
-                _, block = _shared_step(plan, at, n)
-                seen = _seen(plan, inputs, at, 1, block * _STEP, start)
-                pT = jnp.where(seen, pT, 0.0)
-            p_stage[...] = pT.astype(k.dtype)
-            dpT = _product(v, do.transpose((1, 0)))
+                seen = _seen(plan, inputs, at, 1, _shared_step(plan, at, n)[1] * _STEP, _start(at, own))
+            lse = compat.gpu_load(lse_smem.at[slot], layout=by_column)
+            pT, sloped = _weights(plan, sT, _spread(lse, shape, 1), seen)
             delta = compat.gpu_load(delta_smem.at[slot], layout=by_column)
-            ds_stage[...] = _scores_cotangent(pT, dpT, _spread(delta, shape, 1), slope).astype(k.dtype)
+            p, ds = p_smem.at[own], ds_smem.at[own]
+            p[...] = pT.astype(q.dtype)
+            ds[...] = (sloped * (dpT - _spread(delta, shape, 1))).astype(q.dtype)
             plgpu.commit_smem()
-            plgpu.wgmma(dv, p_stage, do)
-            plgpu.wgmma(dk, ds_stage, q)
+            plgpu.wgmma(dv, p, do)
+            plgpu.wgmma(dk, ds, q)
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(consumed.at[slot])
 
@@ -389,6 +383,8 @@ def _dkv_compute(
         return dk[...], dv[...]
 
     dk, dv = pl.run_scoped(accumulate, plgpu.ACC(k.shape, jnp.float32), plgpu.ACC(v.shape, jnp.float32))
+    own = _fresh(warpgroup)
+    k, v, span = own_qk.at[own], own_ov.at[own], _span(at, own)
     k[...] = (dk * plan.config.scale).astype(k.dtype)
     v[...] = dv.astype(v.dtype)
     plgpu.commit_smem()
@@ -423,6 +419,23 @@ def _place(plan: _Plan, inputs: dict[str, Any]) -> _Place:
     return _Place(batch, head, row, counts[line, row, 0], counts[line, row, 1], order, line)
 
 
+def _start(at: _Place, warpgroup: Any) -> Any:
+    """First of the rows that a warpgroup computes."""
+    return at.row * (_ROWS * _WARPGROUPS) + warpgroup * _ROWS
+
+
+def _span(at: _Place, warpgroup: Any) -> Any:
+    return pl.ds(_start(at, warpgroup), _ROWS)
+
+
+def _fresh(x: Any) -> Any:
+    """x as if it were another number, so that the compiler keeps no address that follows from it across steps.
+
+    It would hold some forty of them in registers, which the accumulators need.
+    """
+    return lax.optimization_barrier(x)
+
+
 def _produce(plan: _Plan, count: Any, send: Any, consumed: Any) -> None:
     """Send every block, each as soon as the ring has room."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -442,34 +455,34 @@ def _steps(plan: _Plan, whole: Any, partial_: Any, step: Any) -> None:
         lax.fori_loop(whole, whole + partial_, partial(step, masked=True), None)
 
 
-def _product(a: Any, b: Any) -> jax.Array:
-    """a @ b for two refs in shared memory."""
+def _products(first: tuple[Any, Any], second: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+    """a @ b of two pairs of refs in shared memory, both in flight at once."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    def run(acc: Any) -> jax.Array:
-        plgpu.wgmma(acc, a, b)
-        return acc[...]
+    def run(*sums: Any) -> tuple[jax.Array, ...]:
+        for acc, (a, b) in zip(sums, (first, second), strict=True):
+            plgpu.wgmma(acc, a, b)
+        return tuple(acc[...] for acc in sums)
 
-    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_scoped(run, *(plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in (first, second)))
 
 
 def _spread(x: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, (axis,))
 
 
-def _weights(plan: _Plan, s: jax.Array, lse: jax.Array) -> tuple[jax.Array, Any]:
-    """p, and the derivative of the capped scores by the scores (None without a cap)."""
+def _weights(plan: _Plan, s: jax.Array, lse: jax.Array, seen: Any) -> tuple[jax.Array, jax.Array]:
+    """p, and p times the derivative of the capped scores by the scores."""
     cap, scale = plan.config.soft_cap, plan.config.scale
     if cap is None:
-        return jnp.exp2(s * (scale * _LOG2E) - lse), None
+        p = jnp.exp2(s * (scale * _LOG2E) - lse)
+        p = p if seen is None else jnp.where(seen, p, 0.0)
+        return p, p
     # tanh by exp2: the hardware's own tanh is good to eleven bits only, and is multiplied by the cap.
     t = 1.0 - 2.0 / (1.0 + jnp.exp2(s * (2 * _LOG2E * scale / cap)))
-    return jnp.exp2(t * (cap * _LOG2E) - lse), 1.0 - t * t
-
-
-def _scores_cotangent(p: jax.Array, dp: jax.Array, delta: jax.Array, slope: Any) -> jax.Array:
-    ds = p * (dp - delta)
-    return ds if slope is None else ds * slope
+    p = jnp.exp2(t * (cap * _LOG2E) - lse)
+    p = p if seen is None else jnp.where(seen, p, 0.0)
+    return p, p * (1.0 - t * t)
 
 
 def _seen(plan: _Plan, inputs: dict[str, Any], at: _Place, q_axis: int, q_start: Any, kv_start: Any) -> jax.Array:
