@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.extend import core as jex
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec, get_abstract_mesh
 
 PyTree = Any
 Implementation = Callable[..., tuple[jax.Array, ...]]
@@ -55,7 +56,12 @@ def primitive(
 
     def abstract(*leaves: Any, implementation: str | None, static: Any, tree: Any) -> list[Any]:
         outputs = shapes(static, jax.tree.unflatten(tree, leaves))
-        return [ShapedArray(out.shape, out.dtype) for out in outputs]
+        manual = ManualAxisType(varying=_union(leaves))
+        whole = [NamedSharding(get_abstract_mesh(), PartitionSpec(*(None,) * len(out.shape))) for out in outputs]
+        return [
+            ShapedArray(out.shape, out.dtype, sharding=sharding, manual_axis_type=manual)
+            for out, sharding in zip(outputs, whole, strict=True)
+        ]
 
     def runner(run: Implementation) -> Callable[..., list[jax.Array]]:
         def unflattened(*leaves: jax.Array, implementation: str | None, static: Any, tree: Any) -> list[jax.Array]:
@@ -79,6 +85,9 @@ def primitive(
                     f"{name}: implementation {chosen!r} does not run on {platform}. "
                     "Use implementation=None, which chooses by platform, or 'xla', which runs everywhere."
                 )
+            # Devices differ in what they hold, not in what they do: an implementation sees arrays as on one device.
+            local = [aval.update(manual_axis_type=ManualAxisType()) for aval in ctx.avals_in]
+            ctx = ctx.replace(avals_in=local)
             return rules[chosen](ctx, *leaves, implementation=implementation, static=static, tree=tree)
 
         return lower
@@ -104,7 +113,7 @@ def primitive(
         mlir.register_lowering(prim, rule(platform, xla.get(platform, xla["default"])), platform=platform)
 
     def call(implementation: str | None, static: Any, operands: PyTree) -> list[jax.Array]:
-        leaves, tree = jax.tree.flatten(operands)
+        leaves, tree = jax.tree.flatten(align(operands))
         return prim.bind(*leaves, implementation=implementation, static=static, tree=tree)
 
     return call
@@ -135,6 +144,34 @@ def _split(out: jax.Array, size: int, batch: int) -> jax.Array:
     """The mapped axis and the batch of one lane again; the cotangent of what a lane's whole batch shares is a sum."""
     out = out.reshape(size, -1, *out.shape[1:])
     return jnp.sum(out, axis=1, keepdims=True) if batch == 1 else out
+
+
+# --- Mesh axes. -------------------------------------------------------------------------------------------------------
+
+
+def align(operands: PyTree) -> PyTree:
+    """The arrays of a call, all varying over the same mesh axes; outside `jax.shard_map` they stay as they are.
+
+    Inside `jax.shard_map` the type of an array says over which mesh axes it differs from device to device. The result
+    of a call differs over the union of these, and so do the cotangents that a custom_vjp returns, which must have the
+    types of its inputs. So the inputs are cast to the union before the custom_vjp, and JAX transposes the cast: the
+    cotangent of an array that devices share is summed over them.
+
+    Args:
+      operands: pytree of arrays.
+    """
+    leaves, tree = jax.tree.flatten(operands)
+    types = [jax.typeof(x) for x in leaves]
+    union = _union(types)
+
+    # In a fixed order, so that every process of a job traces the same program.
+    missing = [tuple(sorted(union - of.mat.varying, key=str)) for of in types]
+    cast = [jax.lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(leaves, missing, strict=True)]
+    return jax.tree.unflatten(tree, cast)
+
+
+def _union(types: Any) -> frozenset:
+    return frozenset().union(*(of.mat.varying for of in types))
 
 
 # --- Forward mode. ----------------------------------------------------------------------------------------------------

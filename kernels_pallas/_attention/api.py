@@ -142,8 +142,8 @@ def attention(
     elif implementation == "reference":
         o, lse = reference.forward(config, operands)
     else:
-        guarded = dispatch.refuse_forward_mode("attention", operands)
-        o, lse = _differentiable((implementation, config), guarded)  # pyright: ignore[reportGeneralTypeIssues]
+        guarded = dispatch.refuse_forward_mode("attention", dispatch.align(operands))
+        o, lse = _compiled((implementation, config), guarded)
     o, lse = (x.reshape(*batch, *x.shape[1:]) for x in (o, lse))
     return (o, lse) if return_lse else o
 
@@ -465,11 +465,14 @@ def _differentiable_bwd(static: tuple, saved: tuple, cotangents: tuple) -> tuple
     )
     implementation, config = static
     config = replace(config, bias_gradient=wants_bias is not None)
-    grads = _backward((implementation, config), operands, o, lse, o_cotangent, lse_cotangent)
+    inputs = dispatch.align((operands, o, lse, o_cotangent, lse_cotangent))
+    grads = _backward((implementation, config), *inputs)
     return (Operands(*grads),)  # pyright: ignore[reportGeneralTypeIssues]
 
 
 _differentiable.defvjp(_differentiable_fwd, _differentiable_bwd, symbolic_zeros=True)
+# A jax.shard_map that is not under jit itself cannot run a rule with symbolic zeros, but can run what is compiled.
+_compiled = jax.jit(_differentiable, static_argnums=0, inline=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
