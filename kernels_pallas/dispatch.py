@@ -170,6 +170,18 @@ def align(operands: PyTree) -> PyTree:
     return jax.tree.unflatten(tree, cast)
 
 
+def output(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """An output of `pl.pallas_call` as it is inside an implementation, where nothing varies over mesh axes.
+
+    Under `jax.shard_map` Pallas takes no output that says nothing about mesh axes.
+
+    Args:
+      shape: of the output.
+      dtype: of the output.
+    """
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=ManualAxisType())
+
+
 def _union(types: Any) -> frozenset:
     return frozenset().union(*(of.mat.varying for of in types))
 

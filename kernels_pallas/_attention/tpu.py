@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kernels_pallas import dispatch
 from kernels_pallas._attention import masks
 from kernels_pallas._attention.config import BlockSizes, Config, Operands, precision, tpu_blocks
 
@@ -102,8 +103,8 @@ def _forward(config: Config, operands: Operands, interpret: Any) -> tuple[jax.Ar
     o, lse = pl.pallas_call(
         kernel,
         out_shape=(
-            jax.ShapeDtypeStruct((B, H, rows * blocks.q, v_padded), operands.q.dtype),
-            jax.ShapeDtypeStruct((B, H, rows, 8, blocks.q), jnp.float32),
+            dispatch.output((B, H, rows * blocks.q, v_padded), operands.q.dtype),
+            dispatch.output((B, H, rows, 8, blocks.q), jnp.float32),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
