@@ -27,7 +27,10 @@ _LOG2E = 1.4426950408889634
 # Rows of a warpgroup's product, and of its accumulators.
 _ROWS = 64
 _WARPGROUPS = 2
-_STEP = 64
+_BLOCK = _ROWS * _WARPGROUPS
+_STAGES = 2
+# Heads up to this width have dk and dv in registers together; up to twice that, one after the other.
+_WIDE = 128
 
 
 def unsupported_backward(config: Config, operands: Operands) -> str | None:
@@ -42,8 +45,8 @@ def unsupported_backward(config: Config, operands: Operands) -> str | None:
             return f"its backward pass takes no {name}"
     if config.dropout:
         return "its backward pass has no dropout"
-    if max(q.shape[3], v.shape[3]) > 128:
-        return "its backward pass holds heads of at most 128 entries"
+    if max(q.shape[3], v.shape[3]) > 2 * _WIDE:
+        return f"its backward pass holds heads of at most {2 * _WIDE} entries"
     return None
 
 
@@ -82,48 +85,70 @@ def _backward(
     delta = jnp.swapaxes(jnp.sum(o_cotangent.astype(jnp.float32) * o.astype(jnp.float32), axis=-1), 1, 2)
     delta = jnp.where(sees, delta - lse_cotangent, 0)
     do = jnp.where(jnp.swapaxes(sees, 1, 2)[..., None], o_cotangent, 0)
-    block = _ROWS * _WARPGROUPS
 
     def rows(x: jax.Array) -> jax.Array:  # [B, N, H, D] -> [B, N', H, D']
-        return masks.pad_axis(masks.pad_axis(x, 1, block), 3, 64)
+        return masks.pad_axis(masks.pad_axis(x, 1, _BLOCK), 3, 64)
 
     arrays = {
         "q": rows(operands.q),
         "k": rows(operands.k),
         "v": rows(operands.v),
         "do": rows(do.astype(operands.q.dtype)),
-        "lse": masks.pad_axis(jnp.where(sees, lse * _LOG2E, jnp.inf), 2, block, value=jnp.inf),
-        "delta": masks.pad_axis(delta, 2, block),
+        "lse": masks.pad_axis(jnp.where(sees, lse * _LOG2E, jnp.inf), 2, _BLOCK, value=jnp.inf),
+        "delta": masks.pad_axis(delta, 2, _BLOCK),
     }
-    hidden = _hidden(config, operands, block)
-    T, S = operands.q.shape[1], operands.k.shape[1]
-    hides = masks.masked(config, operands) or S % block != 0
-    plan = partial(_Plan, config, hides, S if S % block else None)
-    (dq,) = _call(_dq_kernel, "attention_dq", plan, operands, arrays, hidden, interpret)
-    dk, dv = _call(_dkv_kernel, "attention_dkv", plan, operands, arrays, hidden, interpret)
-    D, v_dim = operands.q.shape[3], operands.v.shape[3]
-    return dq[:, :T, :, :D], dk[:, :S, :, :D], dv[:, :S, :, :v_dim]
+    inputs = arrays | _hidden(config, operands)
+    T, S, D = operands.q.shape[1], operands.k.shape[1], operands.q.shape[3]
+    (dq,) = _call(config, operands, inputs, ("dq",), interpret)
+    if max(arrays["k"].shape[3], arrays["v"].shape[3]) > _WIDE:
+        (dk,), (dv,) = (_call(config, operands, inputs, (wanted,), interpret) for wanted in ("dk", "dv"))
+    else:
+        dk, dv = _call(config, operands, inputs, ("dk", "dv"), interpret)
+    return dq[:, :T, :, :D], dk[:, :S, :, :D], dv[:, :S, :, : operands.v.shape[3]]
 
 
-def _hidden(config: Config, operands: Operands, block: int) -> dict[str, jax.Array]:
+def _hidden(config: Config, operands: Operands) -> dict[str, jax.Array]:
     """What masks are built from beside the places themselves, int32 [B?, N']."""
     found = {}
     if masks.positional(config) and (operands.q_positions is not None or operands.kv_positions is not None):
         found["q_positions"], found["kv_positions"] = masks.positions(operands)
     if operands.q_segments is not None:
         found["q_segments"], found["kv_segments"] = operands.q_segments, operands.kv_segments
-    return {name: masks.pad_axis(jnp.asarray(x, jnp.int32), 1, block, value=-1) for name, x in found.items()}
+    return {name: masks.pad_axis(jnp.asarray(x, jnp.int32), 1, _BLOCK, value=-1) for name, x in found.items()}
 
 
 class _Plan(NamedTuple):
     """What is static about a kernel."""
 
     config: Config
+    wanted: tuple[str, ...]  # of dq, dk, dv
+    names: tuple[str, ...]  # of the kernel's inputs
+    step: int  # rows of a block of the ring: keys for dq, queries for dk and dv
+    group: int  # query heads a key head
     hides: bool  # whether any entry is hidden
     length: int | None  # keys before padding; None without padding
-    group: int  # query heads a key head
-    names: tuple[str, ...]  # of the kernel's inputs
-    stages: int  # blocks in flight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of a tile of scores."""
+        return _ROWS, self.step
+
+
+def _plan(config: Config, operands: Operands, inputs: dict[str, jax.Array], wanted: tuple[str, ...]) -> _Plan:
+    widths = [inputs[name].shape[3] for name in ("q", "v")]
+    S = operands.k.shape[1]
+    # What masks and the cap need beside the accumulators leaves the registers of a thread no room for wide tiles.
+    heavy = config.soft_cap is not None or any(name.startswith("kv_") for name in inputs)
+    narrow = max(widths) > _WIDE or (heavy and "dq" not in wanted and sum(widths) > 192)
+    return _Plan(
+        config,
+        wanted,
+        (*inputs, "order", "counts"),
+        32 if narrow else 64,
+        operands.q.shape[2] // operands.k.shape[2],
+        masks.masked(config, operands) or S % _BLOCK != 0,
+        S if S % _BLOCK else None,
+    )
 
 
 def _live(kinds: Any) -> tuple[jax.Array, jax.Array]:
@@ -136,62 +161,59 @@ def _live(kinds: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _call(
-    kernel: Any,
-    name: str,
-    plan: Any,
-    operands: Operands,
-    arrays: dict[str, jax.Array],
-    hidden: dict[str, jax.Array],
-    interpret: Any,
+    config: Config, operands: Operands, inputs: dict[str, jax.Array], wanted: tuple[str, ...], interpret: Any
 ) -> tuple[jax.Array, ...]:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    block = _ROWS * _WARPGROUPS
-    config = plan.args[0]
-    q, k, v = (arrays[x] for x in ("q", "k", "v"))
-    by_query = kernel is _dq_kernel
+    plan = _plan(config, operands, inputs, wanted)
+    by_query = wanted == ("dq",)
     if by_query:
-        kinds = masks.block_kinds(config, operands, block, _STEP)
-        outputs, rows, heads = (q,), q.shape[1] // block, q.shape[2]
+        kinds = masks.block_kinds(config, operands, _BLOCK, plan.step)
     else:
-        kinds = masks.block_kinds(config, operands, _STEP, block).swapaxes(1, 2)
-        outputs, rows, heads = (k, v), k.shape[1] // block, k.shape[2]
+        kinds = masks.block_kinds(config, operands, plan.step, _BLOCK).swapaxes(1, 2)
     order, counts = _live(kinds)
-    inputs = {**arrays, "order": order, "counts": counts, **hidden}
-    plan = plan(q.shape[2] // k.shape[2], tuple(inputs), 2)
-    D, v_dim, dtype = q.shape[3], v.shape[3], q.dtype
-    tile = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    lines = (plan.stages, _STEP)
-    own, moving = (_WARPGROUPS, _ROWS), lines
-    if not by_query:
-        lines = moving
-    row_lines = own if by_query else moving
+    likes = [inputs[name[1:]] for name in wanted]
+    batch, rows, heads, _ = likes[0].shape
+    return plgpu.kernel(
+        partial(_dq_kernel if by_query else _dkv_kernel, plan),
+        out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in likes),
+        scratch_types=_scratch(plan, inputs),
+        grid=(heads, rows // _BLOCK, batch),
+        grid_names=("head", "row", "batch"),
+        num_threads=_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name=f"attention_{'_'.join(wanted)}",
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=interpret or None,
+    )(*inputs.values(), order, counts)
+
+
+def _scratch(plan: _Plan, inputs: dict[str, jax.Array]) -> dict[str, Any]:
+    """Shared memory: `own` is what a warpgroup keeps (q and do, or k and v), `moving` the ring of the others."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    D, v_dim, dtype = inputs["q"].shape[3], inputs["v"].shape[3], inputs["q"].dtype
+    own, moving = (_WARPGROUPS, _ROWS), (_STAGES, plan.step)
+    by_query = plan.wanted == ("dq",)
+    lines = plgpu.SMEM(own if by_query else moving, jnp.float32)
+    # Both operands of a product must be swizzled alike, and the narrowest has `step` columns.
+    tile = (plgpu.TilingTransform((8, plan.step)), plgpu.SwizzleTransform(2 * plan.step))
     scratch = {
         "own_qk": plgpu.SMEM((*own, D), dtype, transforms=tile),
         "own_ov": plgpu.SMEM((*own, v_dim), dtype, transforms=tile),
         "moving_qk": plgpu.SMEM((*moving, D), dtype, transforms=tile),
         "moving_ov": plgpu.SMEM((*moving, v_dim), dtype, transforms=tile),
-        "lse_smem": plgpu.SMEM(row_lines, jnp.float32),
-        "delta_smem": plgpu.SMEM(row_lines, jnp.float32),
-        "ds_smem": plgpu.SMEM((*own, _STEP), dtype, transforms=tile),
+        "lse_smem": lines,
+        "delta_smem": lines,
         "ready": plgpu.Barrier(num_arrivals=4 if by_query else 2, num_barriers=_WARPGROUPS),
-        "full": plgpu.Barrier(num_arrivals=2 if by_query else 4, num_barriers=plan.stages),
-        "consumed": plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=plan.stages),
+        "full": plgpu.Barrier(num_arrivals=2 if by_query else 4, num_barriers=_STAGES),
+        "consumed": plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_STAGES),
     }
-    if not by_query:
-        scratch["p_smem"] = plgpu.SMEM((*own, _STEP), dtype, transforms=tile)
-    return plgpu.kernel(
-        partial(kernel, plan),
-        out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs),
-        scratch_types=scratch,
-        grid=(heads, rows, q.shape[0]),
-        grid_names=("head", "row", "batch"),
-        num_threads=_WARPGROUPS + 1,
-        thread_name="warpgroup",
-        kernel_name=name,
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=interpret or None,
-    )(*inputs.values())
+    if "dv" in plan.wanted:
+        scratch["p_smem"] = plgpu.SMEM((*own, plan.step), dtype, transforms=tile)
+    if plan.wanted != ("dv",):
+        scratch["ds_smem"] = plgpu.SMEM((*own, plan.step), dtype, transforms=tile)
+    return scratch
 
 
 # --- dq. --------------------------------------------------------------------------------------------------------------
@@ -216,10 +238,10 @@ def _dq_kernel(plan: _Plan, *refs: Any, **scratch: Any) -> None:
         kv_head = lax.div(at.head, jnp.int32(plan.group))
 
         def source(name: str, start: Any) -> Any:
-            return inputs[name].at[at.batch, pl.ds(start, _STEP), kv_head]
+            return inputs[name].at[at.batch, pl.ds(start, plan.step), kv_head]
 
         def send(n: Any, slot: Any) -> None:
-            start = at.block(n) * _STEP
+            start = at.block(n) * plan.step
             plgpu.copy_gmem_to_smem(source("k", start), scratch["moving_qk"].at[slot], scratch["full"].at[slot])
             plgpu.copy_gmem_to_smem(source("v", start), scratch["moving_ov"].at[slot], scratch["full"].at[slot])
 
@@ -255,19 +277,18 @@ def _dq_compute(
     by_row = plgpu.Layout.WGMMA.reduce(1)
     lse = compat.gpu_load(lse_smem.at[warpgroup], layout=by_row)
     delta = compat.gpu_load(delta_smem.at[warpgroup], layout=by_row)
-    shape = (_ROWS, _STEP)
 
     def accumulate(dq: Any) -> Any:
         def step(n: Any, _: None, *, masked: bool) -> None:
-            slot = lax.rem(n, jnp.int32(plan.stages))
+            slot = lax.rem(n, jnp.int32(_STAGES))
             k, v = moving_qk.at[slot], moving_ov.at[slot]
             plgpu.barrier_wait(full.at[slot])
             own = _fresh(warpgroup)
             s, dp = _products((own_qk.at[own], k.transpose((1, 0))), (own_ov.at[own], v.transpose((1, 0))))
-            seen = _seen(plan, inputs, at, 0, _start(at, own), at.block(n) * _STEP) if masked else None
-            _, sloped = _weights(plan, s, _spread(lse, shape, 0), seen)
+            seen = _seen(plan, inputs, at, 0, _start(at, own), at.block(n) * plan.step) if masked else None
+            _, sloped = _weights(plan, s, _spread(lse, plan.shape, 0), seen)
             ds = ds_smem.at[own]
-            ds[...] = (sloped * (dp - _spread(delta, shape, 0))).astype(k.dtype)
+            ds[...] = (sloped * (dp - _spread(delta, plan.shape, 0))).astype(k.dtype)
             plgpu.commit_smem()
             plgpu.wgmma(dq, ds, k)
             plgpu.wgmma_wait(0)
@@ -294,12 +315,12 @@ def _dkv_kernel(plan: _Plan, *refs: Any, **scratch: Any) -> None:
     inputs = dict(zip(plan.names, refs, strict=False))
     at = _place(plan, inputs)
     warpgroup = lax.axis_index("warpgroup")
-    dk, dv = refs[len(plan.names) :]
+    outputs = dict(zip(plan.wanted, refs[len(plan.names) :], strict=True))
 
     @pl.when(warpgroup < _WARPGROUPS)
     def _() -> None:
         plgpu.set_max_registers(240, action="increase")
-        _dkv_compute(plan, inputs, at, warpgroup, dk, dv, **scratch)
+        _dkv_compute(plan, inputs, at, warpgroup, outputs, **scratch)
 
     @pl.when(warpgroup == _WARPGROUPS)
     def _() -> None:
@@ -307,7 +328,7 @@ def _dkv_kernel(plan: _Plan, *refs: Any, **scratch: Any) -> None:
 
         def send(n: Any, slot: Any) -> None:
             head, block = _shared_step(plan, at, n)
-            span = pl.ds(block * _STEP, _STEP)
+            span = pl.ds(block * plan.step, plan.step)
             barrier = scratch["full"].at[slot]
             plgpu.copy_gmem_to_smem(inputs["q"].at[at.batch, span, head], scratch["moving_qk"].at[slot], barrier)
             plgpu.copy_gmem_to_smem(inputs["do"].at[at.batch, span, head], scratch["moving_ov"].at[slot], barrier)
@@ -333,8 +354,7 @@ def _dkv_compute(
     inputs: dict[str, Any],
     at: _Place,
     warpgroup: Any,
-    dk_ref: Any,
-    dv_ref: Any,
+    outputs: dict[str, Any],
     *,
     own_qk: Any,
     own_ov: Any,
@@ -342,8 +362,8 @@ def _dkv_compute(
     moving_ov: Any,
     lse_smem: Any,
     delta_smem: Any,
-    p_smem: Any,
-    ds_smem: Any,
+    p_smem: Any = None,
+    ds_smem: Any = None,
     ready: Any,
     full: Any,
     consumed: Any,
@@ -355,41 +375,46 @@ def _dkv_compute(
     plgpu.copy_gmem_to_smem(inputs["v"].at[at.batch, span, at.head], v, barrier)
     plgpu.barrier_wait(barrier)
     by_column = plgpu.Layout.WGMMA.reduce(0)
-    shape = (_ROWS, _STEP)
 
-    def accumulate(dk: Any, dv: Any) -> Any:
+    def accumulate(*sums: Any) -> Any:
+        total = dict(zip(plan.wanted, sums, strict=True))
+
         def step(n: Any, _: None, *, masked: bool) -> None:
-            slot = lax.rem(n, jnp.int32(plan.stages))
+            slot = lax.rem(n, jnp.int32(_STAGES))
             q, do = moving_qk.at[slot], moving_ov.at[slot]
             plgpu.barrier_wait(full.at[slot])
             own = _fresh(warpgroup)
-            sT, dpT = _products((own_qk.at[own], q.transpose((1, 0))), (own_ov.at[own], do.transpose((1, 0))))
+            pairs = [(own_qk.at[own], q.transpose((1, 0))), (own_ov.at[own], do.transpose((1, 0)))]
+            sT, *dpT = _products(*pairs[: 2 if "dk" in total else 1])
             seen = None
             if masked:
-                seen = _seen(plan, inputs, at, 1, _shared_step(plan, at, n)[1] * _STEP, _start(at, own))
+                seen = _seen(plan, inputs, at, 1, _shared_step(plan, at, n)[1] * plan.step, _start(at, own))
             lse = compat.gpu_load(lse_smem.at[slot], layout=by_column)
-            pT, sloped = _weights(plan, sT, _spread(lse, shape, 1), seen)
-            delta = compat.gpu_load(delta_smem.at[slot], layout=by_column)
-            p, ds = p_smem.at[own], ds_smem.at[own]
-            p[...] = pT.astype(q.dtype)
-            ds[...] = (sloped * (dpT - _spread(delta, shape, 1))).astype(q.dtype)
+            pT, sloped = _weights(plan, sT, _spread(lse, plan.shape, 1), seen)
+            if "dk" in total:
+                delta = compat.gpu_load(delta_smem.at[slot], layout=by_column)
+                ds_smem.at[own][...] = (sloped * (dpT[0] - _spread(delta, plan.shape, 1))).astype(q.dtype)
+            if "dv" in total:
+                p_smem.at[own][...] = pT.astype(q.dtype)
             plgpu.commit_smem()
-            plgpu.wgmma(dv, p, do)
-            plgpu.wgmma(dk, ds, q)
+            if "dv" in total:
+                plgpu.wgmma(total["dv"], p_smem.at[own], do)
+            if "dk" in total:
+                plgpu.wgmma(total["dk"], ds_smem.at[own], q)
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(consumed.at[slot])
 
         _steps(plan, at.whole * plan.group, at.partial * plan.group, step)
-        return dk[...], dv[...]
+        return tuple(acc[...] for acc in sums)
 
-    dk, dv = pl.run_scoped(accumulate, plgpu.ACC(k.shape, jnp.float32), plgpu.ACC(v.shape, jnp.float32))
+    widths = {"dk": k.shape, "dv": v.shape}
+    sums = pl.run_scoped(accumulate, *(plgpu.ACC(widths[name], jnp.float32) for name in plan.wanted))
     own = _fresh(warpgroup)
-    k, v, span = own_qk.at[own], own_ov.at[own], _span(at, own)
-    k[...] = (dk * plan.config.scale).astype(k.dtype)
-    v[...] = dv.astype(v.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(k, dk_ref.at[at.batch, span, at.head])
-    plgpu.copy_smem_to_gmem(v, dv_ref.at[at.batch, span, at.head])
+    for name, x in zip(plan.wanted, sums, strict=True):
+        stage = (own_qk if name == "dk" else own_ov).at[own]
+        stage[...] = (x * (plan.config.scale if name == "dk" else 1.0)).astype(stage.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(stage, outputs[name].at[at.batch, _span(at, own), at.head])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -421,7 +446,7 @@ def _place(plan: _Plan, inputs: dict[str, Any]) -> _Place:
 
 def _start(at: _Place, warpgroup: Any) -> Any:
     """First of the rows that a warpgroup computes."""
-    return at.row * (_ROWS * _WARPGROUPS) + warpgroup * _ROWS
+    return at.row * _BLOCK + warpgroup * _ROWS
 
 
 def _span(at: _Place, warpgroup: Any) -> Any:
@@ -441,8 +466,8 @@ def _produce(plan: _Plan, count: Any, send: Any, consumed: Any) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     def step(n: Any, _: None) -> None:
-        slot = lax.rem(n, jnp.int32(plan.stages))
-        pl.when(n >= plan.stages)(lambda: plgpu.barrier_wait(consumed.at[slot]))
+        slot = lax.rem(n, jnp.int32(_STAGES))
+        pl.when(n >= _STAGES)(lambda: plgpu.barrier_wait(consumed.at[slot]))
         send(n, slot)
 
     lax.fori_loop(jnp.int32(0), count, step, None)
@@ -455,16 +480,16 @@ def _steps(plan: _Plan, whole: Any, partial_: Any, step: Any) -> None:
         lax.fori_loop(whole, whole + partial_, partial(step, masked=True), None)
 
 
-def _products(first: tuple[Any, Any], second: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
-    """a @ b of two pairs of refs in shared memory, both in flight at once."""
+def _products(*pairs: tuple[Any, Any]) -> tuple[jax.Array, ...]:
+    """a @ b for pairs of refs in shared memory, all in flight at once."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     def run(*sums: Any) -> tuple[jax.Array, ...]:
-        for acc, (a, b) in zip(sums, (first, second), strict=True):
+        for acc, (a, b) in zip(sums, pairs, strict=True):
             plgpu.wgmma(acc, a, b)
         return tuple(acc[...] for acc in sums)
 
-    return pl.run_scoped(run, *(plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in (first, second)))
+    return pl.run_scoped(run, *(plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in pairs))
 
 
 def _spread(x: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
@@ -489,10 +514,8 @@ def _seen(plan: _Plan, inputs: dict[str, Any], at: _Place, q_axis: int, q_start:
     """What of a tile is seen; queries run along `q_axis` of it, keys along the other axis."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    shape = (_ROWS, _STEP)
-
     def places(axis: int, start: Any) -> jax.Array:
-        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) + start
+        return plgpu.broadcasted_iota(jnp.int32, plan.shape, axis, layout=plgpu.Layout.WGMMA) + start
 
     def given(name: str, axis: int, start: Any) -> Any:
         if name not in inputs:
@@ -500,8 +523,8 @@ def _seen(plan: _Plan, inputs: dict[str, Any], at: _Place, q_axis: int, q_start:
         ref = inputs[name]
         line = at.batch if ref.shape[0] > 1 else 0
         layout = plgpu.Layout.WGMMA.reduce(1 - axis)
-        x = compat.gpu_load(ref.at[line, pl.ds(start, shape[axis])], layout=layout, optimized=False)
-        return _spread(x, shape, axis)
+        x = compat.gpu_load(ref.at[line, pl.ds(start, plan.shape[axis])], layout=layout, optimized=False)
+        return _spread(x, plan.shape, axis)
 
     kv_axis = 1 - q_axis
     q_positions, kv_positions = given("q_positions", q_axis, q_start), given("kv_positions", kv_axis, kv_start)
