@@ -201,7 +201,7 @@ def parse_sass(text: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 class Loop(NamedTuple):
-    """The shortest trip through a loop: its instructions in order."""
+    """The shortest trip through a loop: its instructions in order, from after one tensor-core instruction."""
 
     trip: list[Instruction]
 
@@ -215,34 +215,44 @@ class Loop(NamedTuple):
 
 
 def tensor_loops(text: str) -> list[Loop]:
-    """The innermost loops that hold tensor-core instructions, in program order.
+    """The loops that hold tensor-core instructions, in program order.
 
-    A loop is a backward branch to a label. Its cost is the shortest way from that label back to it that runs all its
+    A loop is what an instruction can reach and be reached from. Its cost is the shortest trip that runs all its
     tensor-core instructions: retries of a wait and branches seldom taken (a rescale, a poll that failed) stand aside,
     in every kernel alike.
+
+    Raises:
+      ValueError: no trip runs them all in order, as when loops are nested.
     """
     instructions, labels = parse_sass(text)
-    after = [_successors(at, step, labels) for at, step in enumerate(instructions)]
+    # Padding after the last branch leads nowhere.
+    count = len(instructions)
+    after = [[to for to in _successors(at, instructions[at], labels) if to < count] for at in range(count)]
+    before: list[list[int]] = [[] for _ in instructions]
+    for at, targets in enumerate(after):
+        for to in targets:
+            before[to].append(at)
     tensor = [at for at, step in enumerate(instructions) if step.name.startswith(_TENSOR)]
-    loops = []
-    for end, targets in enumerate(after):
-        for start in targets:
-            inside = [at for at in tensor if start <= at <= end]
-            if start <= end and inside:
-                loops.append((start, end, inside))
-    # A wait that failed branches out of line and comes back by a backward branch too, which is no loop of its own.
-    innermost = []
-    for start, end, inside in sorted(loops, key=lambda loop: loop[1] - loop[0]):
-        if any(set(inside) & set(taken) for *_, taken in innermost):
+    loops: list[Loop] = []
+    counted: set[int] = set()
+    for first in tensor:
+        members = _reachable(after, first) & _reachable(before, first)
+        if first in counted or not members:
             continue
-        innermost.append((start, end, inside))
-    trips = []
-    for start, end, inside in sorted(innermost):
-        stops = [start, *inside, end]
-        legs = [_shortest(after, a, b, start, end) for a, b in zip(stops, stops[1:], strict=False)]
-        path = [start, *(at for leg in legs for at in leg)]
-        trips.append(Loop([instructions[at] for at in path]))
-    return trips
+        counted |= members
+        stops = [at for at in tensor if at in members]
+        legs = [_shortest(after, a, b, members) for a, b in zip(stops, [*stops[1:], first], strict=True)]
+        loops.append(Loop([instructions[at] for leg in legs for at in leg]))
+    return loops
+
+
+def _reachable(edges: list[list[int]], source: int) -> set[int]:
+    """All instructions at the ends of ways from `source`; itself only if it lies on a cycle."""
+    found: set[int] = set()
+    frontier = [source]
+    while frontier:
+        frontier = [to for at in frontier for to in edges[at] if to not in found and not found.add(to)]
+    return found
 
 
 def _successors(at: int, step: Instruction, labels: dict[str, int]) -> list[int]:
@@ -254,22 +264,20 @@ def _successors(at: int, step: Instruction, labels: dict[str, int]) -> list[int]
     return [at + 1]
 
 
-def _shortest(after: list[list[int]], source: int, target: int, low: int, high: int) -> list[int]:
-    """The instructions after `source` up to `target` on the shortest way within [low, high]."""
-    if source == target:
-        return []
+def _shortest(after: list[list[int]], source: int, target: int, members: set[int]) -> list[int]:
+    """The instructions after `source` up to `target` on the shortest way among `members`."""
     came: dict[int, int] = {}
     frontier = [source]
     while frontier and target not in came:
         reached = []
         for at in frontier:
             for to in after[at]:
-                if low <= to <= high and to not in came and to != source:
+                if to in members and to not in came:
                     came[to] = at
                     reached.append(to)
         frontier = reached
     if target not in came:
-        raise ValueError(f"no way from instruction {source} to {target} inside the loop [{low}, {high}]")
+        raise ValueError(f"no way from instruction {source} to {target} inside their loop")
     way = [target]
     while came[way[-1]] != source:
         way.append(came[way[-1]])

@@ -45,7 +45,7 @@ ptxas info    : Used 168 registers, used 16 barriers, 1 bytes smem
 def test_a_trip_steps_over_what_is_seldom_run():
     [loop] = gpu_compiler.tensor_loops(LISTING)
     assert [step.name.split(".")[0] for step in loop.trip] == [
-        *("SYNCS", "BRA", "HGMMA", "WARPGROUP", "BRA", "FADD", "BRA")
+        *("WARPGROUP", "BRA", "FADD", "BRA", "SYNCS", "BRA", "HGMMA")
     ]
     assert (loop.tensor(), loop.other()) == (1, 6)
 
