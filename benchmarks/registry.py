@@ -26,7 +26,8 @@ class Peer:
     """Somebody else's implementation of the same work.
 
     Attributes:
-      package: distribution to name in the record and in the error when it is missing; one of the extra `bench`.
+      package: distribution to name in the record and in the error when it is missing; one of the extras `bench` and
+        `bench-torch`.
       build: `(params) -> callable(*inputs)`; imports its package when called, not before.
       jit: False for code that is not JAX (scipy, POT): it is then called with NumPy arrays and never compiled.
       modes: modes it can run; None means all modes of the row.

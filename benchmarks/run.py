@@ -94,7 +94,7 @@ def _require(name: str, peer: registry.Peer) -> None:
     except importlib.metadata.PackageNotFoundError:
         raise Refused(
             f"peer {name!r} needs the package {peer.package!r}, which is not installed. "
-            'Install the extra: pip install "jaxnum[bench]".'
+            f'Install the extra: pip install "jaxnum[{"bench-torch" if peer.package == "torch" else "bench"}]".'
         ) from None
 
 

@@ -44,7 +44,8 @@ def top_levels(distributions):
 
 
 def test_extras_exist():
-    assert set(EXTRAS) == {"tour", "test", "bench", "tpu-aot", "interop", "notebooks", "docs", "lint"}
+    machines = {"tpu-aot", "gpu-aot"}
+    assert set(EXTRAS) == {"tour", "test", "bench", "bench-torch", "interop", "notebooks", "docs", "lint"} | machines
     assert PROJECT["requires-python"] == ">=3.11"
     assert "jax>=0.10.2" in PROJECT["dependencies"]
 
