@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
@@ -30,14 +31,23 @@ def tpu_races_found() -> bool:
 
 def compile_for_tpu(function: Callable, topology: str, specs: Sequence[tuple[tuple[int, ...], Any]]) -> Any:
     """Compile with the TPU's own compiler; it refuses what the chip would refuse."""
+    sharding = jax.sharding.SingleDeviceSharding(_chips(topology)[0])
+    inputs = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in specs]
+    return jax.jit(function).lower(*inputs).compile()
+
+
+def tpu_mesh(topology: str, **axes: int) -> jax.sharding.Mesh:
+    """A mesh over all chips of a topology, with these axes and sizes; programs for it can be compiled, not run."""
+    chips = np.array(_chips(topology)).reshape(*axes.values())
+    return jax.sharding.Mesh(chips, tuple(axes), axis_types=(jax.sharding.AxisType.Auto,) * len(axes))
+
+
+def _chips(topology: str) -> Sequence[Any]:
     if importlib.util.find_spec("libtpu") is None:
         pytest.fail('this test needs the TPU compiler: pip install "jaxnum[tpu-aot]"')
     from jax.experimental import topologies
 
-    chip = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    sharding = jax.sharding.SingleDeviceSharding(chip)
-    inputs = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in specs]
-    return jax.jit(function).lower(*inputs).compile()
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
 @contextlib.contextmanager
