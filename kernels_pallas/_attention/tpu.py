@@ -8,6 +8,10 @@ Notation: s scores in base 2 (premultiplied by log2 e, so that exp2 replaces exp
 may be as large as its dtype allows), m running maximum, l normaliser,
 acc the output before division. m and l are kept once a lane, [bq, 128]: a column would be relaid out at every use.
 l adds up lane by lane and is summed across lanes once, at the end.
+
+The compiler schedules the steps of a key block together, so that the matrix units work on one tile of scores while the
+exponentials of another are taken. With short tiles it has to be told: the next product then stands before the softmax
+of this one.
 """
 
 from __future__ import annotations
@@ -21,11 +25,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas import dispatch
-from kernels_pallas._attention import masks
+from kernels_pallas._attention import dropout, masks
 from kernels_pallas._attention.config import BlockSizes, Config, Operands, precision, tpu_blocks
 
-_LANES = 128
-_LOG2E = 1.4426950408889634
+LANES = 128
+LOG2E = 1.4426950408889634
+# Tiles this long give the compiler enough to do at a time; found by compiling.
+_LONG_TILE = 1024
 
 
 def forward(config: Config, operands: Operands, *, interpret: Any = False) -> tuple[jax.Array, jax.Array]:
@@ -51,7 +57,7 @@ def _forward(config: Config, operands: Operands, interpret: Any) -> tuple[jax.Ar
     S, k_heads, v_dim = operands.v.shape[1:]
     blocks = tpu_blocks(config, operands)
     inputs, kinds = _prepare(config, operands, blocks)
-    order, count = _live(kinds)
+    order, count = live_blocks(kinds)
     rows, columns = kinds.shape[1:]
     shared_map = kinds.shape[0] == 1
     group = H // k_heads
@@ -80,7 +86,7 @@ def _forward(config: Config, operands: Operands, interpret: Any) -> tuple[jax.Ar
         if name in inputs:
             lead = inputs[name].shape[0] > 1
             specs[name] = pl.BlockSpec(
-                (None, blocks.q, _LANES), lambda b, h, i, j, *_, lead=lead: (b if lead else 0, i, 0)
+                (None, blocks.q, LANES), lambda b, h, i, j, *_, lead=lead: (b if lead else 0, i, 0)
             )
     for name in ("kv_positions", "kv_segments"):
         if name in inputs:
@@ -99,7 +105,11 @@ def _forward(config: Config, operands: Operands, interpret: Any) -> tuple[jax.Ar
         rows=rows,
         shared_map=shared_map,
         hides=masks.masked(config, operands) or S % blocks.kv != 0,
+        single=columns == 1,
     )
+    scalars = [order, count, kinds.reshape(-1)]
+    if config.dropout:
+        scalars.append(operands.dropout_keys.reshape(-1))
     o, lse = pl.pallas_call(
         kernel,
         out_shape=(
@@ -107,7 +117,7 @@ def _forward(config: Config, operands: Operands, interpret: Any) -> tuple[jax.Ar
             dispatch.output((B, H, rows, 8, blocks.q), jnp.float32),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=len(scalars),
             grid=(B, H, rows, columns),
             in_specs=[specs[name] for name in inputs],
             out_specs=(
@@ -115,8 +125,8 @@ def _forward(config: Config, operands: Operands, interpret: Any) -> tuple[jax.Ar
                 pl.BlockSpec((None, None, None, 8, blocks.q), lambda b, h, i, j, *_: (b, h, i, 0, 0)),
             ),
             scratch_shapes=[
-                pltpu.VMEM((blocks.q, _LANES), jnp.float32),
-                pltpu.VMEM((blocks.q, _LANES), jnp.float32),
+                pltpu.VMEM((blocks.q, LANES), jnp.float32),
+                pltpu.VMEM((blocks.q, LANES), jnp.float32),
                 pltpu.VMEM((blocks.q, v_padded), jnp.float32),
             ],
         ),
@@ -126,7 +136,7 @@ def _forward(config: Config, operands: Operands, interpret: Any) -> tuple[jax.Ar
         cost_estimate=_cost(B, H, T, S, D, v_dim, inputs),
         interpret=interpret,
         name="attention_forward",
-    )(order, count, kinds.reshape(-1), *inputs.values())
+    )(*scalars, *inputs.values())
     lse = lse[:, :, :, 0].reshape(B, H, -1)[:, :, :T]
     return jnp.swapaxes(o[:, :, :T, :v_dim], 1, 2), lse
 
@@ -136,11 +146,11 @@ def _prepare(config: Config, operands: Operands, blocks: BlockSizes) -> tuple[di
 
     def heads(x: jax.Array, block: int) -> jax.Array:  # [B, N, H, D] -> [B, H, N', D']
         x = masks.pad_axis(jnp.swapaxes(x, 1, 2), 2, block)
-        return masks.pad_axis(x, 3, _LANES)
+        return masks.pad_axis(x, 3, LANES)
 
     def queries(x: Any) -> jax.Array:  # [B?, T] -> [B?, T', 128], the same in every lane
         x = masks.pad_axis(jnp.asarray(x, jnp.int32), 1, blocks.q, value=-1)
-        return jnp.broadcast_to(x[:, :, None], (*x.shape, _LANES))
+        return jnp.broadcast_to(x[:, :, None], (*x.shape, LANES))
 
     def keys(x: Any) -> jax.Array:  # [B?, S] -> [B?, 8, S'], the same in every sublane
         x = masks.pad_axis(jnp.asarray(x, jnp.int32), 1, blocks.kv, value=-1)
@@ -167,7 +177,7 @@ def _prepare(config: Config, operands: Operands, blocks: BlockSizes) -> tuple[di
     return inputs, jnp.asarray(masks.block_kinds(config, operands, blocks.q, blocks.kv))
 
 
-def _live(kinds: jax.Array) -> tuple[jax.Array, jax.Array]:
+def live_blocks(kinds: jax.Array) -> tuple[jax.Array, jax.Array]:
     """For each row of blocks the live ones first, the last of them repeated, flat; and how many there are, flat."""
     live = kinds != masks.SKIP
     columns = kinds.shape[2]
@@ -207,26 +217,51 @@ def _kernel(
     rows: int,
     shared_map: bool,
     hides: bool,
+    single: bool,
 ) -> None:
+    keys, *refs = refs if config.dropout else (None, *refs)
     inputs = dict(zip(names, refs, strict=False))
     o_ref, lse_ref, m_ref, l_ref, acc_ref = refs[len(names) :]
-    b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    b, h, i, j = (pl.program_id(axis) for axis in range(4))
     columns = pl.num_programs(3)
     line = (0 if shared_map else b) * rows + i
     column = order[line * columns + j]
     live = j < count[line]
     kind = kinds[line * columns + column]
+    # A single block that hides nothing needs no statistics of blocks before it.
+    fresh = single and not hides
 
-    @pl.when(j == 0)
-    def _() -> None:
-        m_ref[...] = jnp.full(m_ref.shape, -jnp.inf, jnp.float32)
-        l_ref[...] = jnp.zeros(l_ref.shape, jnp.float32)
-        acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
+    if not fresh:
+
+        @pl.when(j == 0)
+        def _() -> None:
+            m_ref[...] = jnp.full(m_ref.shape, -jnp.inf, jnp.float32)
+            l_ref[...] = jnp.zeros(l_ref.shape, jnp.float32)
+            acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
     def block(hidden: bool) -> None:
-        for at in range(0, blocks.kv, blocks.compute):
+        starts = range(0, blocks.kv, blocks.compute)
+        ahead = blocks.compute < _LONG_TILE
+        product = partial(_product, inputs, blocks.compute)
+        following = product(0) if ahead else None
+        for at in starts:
+            now = following if ahead else product(at)
+            if ahead and at + blocks.compute < blocks.kv:
+                following = product(at + blocks.compute)
             seen = _seen(config, inputs, at, i, column, blocks, length) if hidden else None
-            _tile(config, inputs, at, seen, blocks, m_ref, l_ref, acc_ref)
+            kept = None
+            if config.dropout:
+                place = 2 * (b * pl.num_programs(1) + h)
+                kept = dropout.tile(
+                    keys[place],
+                    keys[place + 1],
+                    i * blocks.q,
+                    column * blocks.kv + at,
+                    (blocks.q, blocks.compute),
+                    config.dropout,
+                    aligned=blocks.compute % dropout.SPAN == 0,
+                )
+            _tile(config, inputs, now, at, seen, kept, (m_ref, l_ref, acc_ref), fresh=fresh and at == 0)
 
     if hides:
         pl.when(live & (kind == masks.PARTIAL))(lambda: block(True))
@@ -236,47 +271,64 @@ def _kernel(
 
     @pl.when(j == columns - 1)
     def _() -> None:
-        total = jnp.sum(l_ref[...], axis=1, keepdims=True)  # [bq, 1]
+        empty = hides or "bias" in inputs  # rows that see nothing are possible
+        total = jnp.broadcast_to(jnp.sum(l_ref[...], axis=1, keepdims=True), l_ref.shape)  # [bq, 128]
         sees = total != 0
-        unit = _unit(inputs)
-        o_ref[...] = (acc_ref[...] * jnp.where(sees, 1 / jnp.where(sees, total, 1), 0)).astype(o_ref.dtype)
-        lse = jnp.where(sees, m_ref[...] / unit + jnp.log2(jnp.where(sees, total, 1)) / _LOG2E, -jnp.inf)  # [bq, 128]
-        lse_ref[...] = lse.T[:8]
+        inverse = jnp.where(sees, 1 / jnp.where(sees, total, 1), 0) if empty else 1 / total
+        if config.dropout:
+            inverse = inverse * dropout.gain(config.dropout)
+        o_ref[...] = (acc_ref[...] * widen(inverse, acc_ref.shape[1])).astype(o_ref.dtype)
+        m, total = _along_lanes(m_ref[...]), _along_lanes(total)  # [1, bq]
+        sees = total != 0
+        lse = m / unit_of(inputs.get("bias")) + jnp.log2(jnp.where(sees, total, 1)) / LOG2E
+        lse_ref[...] = jnp.broadcast_to(jnp.where(sees, lse, -jnp.inf), lse_ref.shape)
+
+
+def _product(inputs: dict[str, Any], compute: int, at: int) -> jax.Array:
+    """q k^T [bq, compute]; contracting the last axes of both needs no transpose."""
+    q, k = inputs["q"][...], inputs["k"][pl.ds(at, compute), :]
+    dimensions = (((1,), (1,)), ((), ()))
+    return lax.dot_general(q, k, dimensions, precision=precision(q.dtype), preferred_element_type=jnp.float32)
+
+
+def scores(config: Config, s: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Scores of the product q k^T before hiding, times `unit_of(bias)`."""
+    unit = unit_of(bias)
+    if bias is None and config.soft_cap is None:
+        return s * (config.scale * unit)
+    s = config.scale * s
+    if bias is not None:
+        s = s + bias.astype(jnp.float32)
+    if config.soft_cap is not None:
+        s = config.soft_cap * jnp.tanh(s / config.soft_cap)
+    return s * unit if unit != 1 else s
+
+
+def power(x: jax.Array, unit: float) -> jax.Array:
+    """exp of what was multiplied by `unit`."""
+    return jnp.exp2(x if unit != 1 else x * LOG2E)
 
 
 def _tile(
-    config: Config, inputs: dict[str, Any], at: int, seen: Any, blocks: BlockSizes, m_ref: Any, l_ref: Any, acc_ref: Any
+    config: Config, inputs: dict[str, Any], s: jax.Array, at: int, seen: Any, kept: Any, refs: tuple, *, fresh: bool
 ) -> None:
-    """One step of online softmax with `compute` keys."""
-    unit = _unit(inputs)
-    power = jnp.exp2 if unit != 1 else lambda x: jnp.exp2(x * _LOG2E)
-    span = pl.ds(at, blocks.compute)
-    q, k = inputs["q"][...], inputs["k"][span, :]
-    # Contracting the last axes of both needs no transpose.
-    s = lax.dot_general(
-        q, k, (((1,), (1,)), ((), ())), precision=precision(q.dtype), preferred_element_type=jnp.float32
-    )  # [bq, compute]
-    if "bias" in inputs or config.soft_cap is not None:
-        s = config.scale * s
-        if "bias" in inputs:
-            s = s + inputs["bias"][:, span].astype(jnp.float32)
-        if config.soft_cap is not None:
-            s = config.soft_cap * jnp.tanh(s / config.soft_cap)
-        s = s * unit if unit != 1 else s
-    else:
-        s = s * (config.scale * unit)
+    """One step of online softmax with the keys of one product; `fresh`: nothing has been summed yet."""
+    m_ref, l_ref, acc_ref = refs
+    compute = s.shape[1]
+    span = pl.ds(at, compute)
+    bias = inputs["bias"][:, span] if "bias" in inputs else None
+    unit = unit_of(bias)
+    s = scores(config, s, bias)
     if seen is not None:
         s = jnp.where(seen, s, -jnp.inf)
-    m = m_ref[...]  # [bq, 128]
-    top = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
+    top = jnp.max(s, axis=1, keepdims=True)
+    top = jnp.broadcast_to(top, m_ref.shape) if fresh else jnp.maximum(m_ref[...], top)  # [bq, 128]
     # -inf - -inf is NaN: a row that has seen nothing yet shifts by 0. A bias may hold -inf too.
-    safe = jnp.where(top == -jnp.inf, 0.0, top) if seen is not None or "bias" in inputs else top
-    p = power(s - _across(safe, blocks.compute))
-    shrink = power(m - safe)
-    m_ref[...] = top
-    l_ref[...] = shrink * l_ref[...] + sum(
-        (p[:, lane : lane + _LANES] for lane in range(_LANES, blocks.compute, _LANES)), p[:, :_LANES]
-    )
+    safe = jnp.where(top == -jnp.inf, 0.0, top) if seen is not None or bias is not None else top
+    p = power(s - widen(safe, compute), unit)
+    total = sum((p[:, lane : lane + LANES] for lane in range(LANES, compute, LANES)), p[:, :LANES])
+    if kept is not None:
+        p = jnp.where(kept, p, 0)
     v = inputs["v"][span, :]
     weighted = lax.dot_general(
         p.astype(v.dtype),
@@ -285,17 +337,31 @@ def _tile(
         precision=precision(v.dtype),
         preferred_element_type=jnp.float32,
     )
-    acc_ref[...] = _across(shrink, acc_ref.shape[1]) * acc_ref[...] + weighted
+    if not fresh:
+        shrink = power(m_ref[...] - safe, unit)
+        total = shrink * l_ref[...] + total
+        weighted = widen(shrink, acc_ref.shape[1]) * acc_ref[...] + weighted
+    m_ref[...] = top
+    l_ref[...] = total
+    acc_ref[...] = weighted
 
 
-def _unit(inputs: dict[str, Any]) -> float:
+def _along_lanes(x: jax.Array) -> jax.Array:
+    """[bq, 128], whose lanes are equal, as [1, bq]: the diagonal of each square, cheaper than its transpose."""
+    square = (LANES, LANES)
+    diagonal = lax.broadcasted_iota(jnp.int32, square, 0) == lax.broadcasted_iota(jnp.int32, square, 1)
+    squares = (x[at : at + LANES] for at in range(0, x.shape[0], LANES))
+    return jnp.concatenate([jnp.sum(jnp.where(diagonal, x, 0.0), axis=0, keepdims=True) for x in squares], axis=1)
+
+
+def unit_of(bias: Any) -> float:
     """What scores are multiplied by: log2 e, or 1 beside a bias, which the factor could overflow."""
-    return 1.0 if "bias" in inputs else _LOG2E
+    return LOG2E if bias is None else 1.0
 
 
-def _across(x: jax.Array, width: int) -> jax.Array:
+def widen(x: jax.Array, width: int) -> jax.Array:
     """Repeat [bq, 128], whose lanes are equal, to [bq, width]."""
-    return x if width == _LANES else jnp.concatenate([x] * (width // _LANES), axis=1)
+    return x if width == LANES else jnp.concatenate([x] * (width // LANES), axis=1)
 
 
 def _seen(
@@ -307,7 +373,7 @@ def _seen(
     columns = lax.broadcasted_iota(jnp.int32, shape, 1) + (column * blocks.kv + at)
 
     def across(name: str) -> Any:
-        return _across(inputs[name][...], blocks.compute) if name in inputs else None
+        return widen(inputs[name][...], blocks.compute) if name in inputs else None
 
     def down(name: str) -> Any:
         return inputs[name][:1, span] if name in inputs else None
