@@ -119,6 +119,19 @@ def primitive(
     return call
 
 
+def not_hopper() -> str | None:
+    """Why Mosaic GPU kernels, whose products are Hopper's, cannot run on this machine's GPUs; None where it has none.
+
+    A program lowered on a machine without a GPU, as for export, is for Hopper.
+    """
+    try:
+        devices = jax.devices("cuda")
+    except RuntimeError:
+        return None
+    capabilities = sorted({str(device.compute_capability) for device in devices} - {"9.0"})
+    return f"it needs Hopper GPUs, of compute capability 9.0, not {capabilities[0]}" if capabilities else None
+
+
 def _merge(leaves: tuple, axes: tuple, may_share: list[bool]) -> tuple[list[jax.Array], int]:
     """Join a mapped axis with the batch axis that every operand has first; what the whole batch shares stays shared."""
     size = next(leaf.shape[axis] for leaf, axis in zip(leaves, axes, strict=True) if axis is not None)

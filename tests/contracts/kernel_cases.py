@@ -93,6 +93,7 @@ class AttentionCase:
                 "causal": True,
                 "window": (90, None),
             },
+            "dropout, offset": {"dropout_rate": 0.3, "dropout_seed": 7, "causal": True, "q_offset": 40},
         }
         return {name: (self.arrays(dtype), f) for name, f in flags.items()}
 
