@@ -1,4 +1,23 @@
-"""Softmax attention; the public names are in `kernels_pallas`."""
+"""Softmax attention; the public names are in `kernels_pallas`, the rest is what other operations are built of."""
 
-from kernels_pallas._attention.api import attention as attention
-from kernels_pallas._attention.config import BlockSizes as BlockSizes
+from kernels_pallas._attention.api import _IMPLEMENTATIONS as IMPLEMENTATIONS
+from kernels_pallas._attention.api import _backward_call as backward_call
+from kernels_pallas._attention.api import _check_implementation as check_implementation
+from kernels_pallas._attention.api import _forward as forward_call
+from kernels_pallas._attention.api import attention, prepare
+from kernels_pallas._attention.config import BlockSizes, Config, Operands, accumulator
+from kernels_pallas._attention.reference import forward as forward_reference
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "BlockSizes",
+    "Config",
+    "Operands",
+    "accumulator",
+    "attention",
+    "backward_call",
+    "check_implementation",
+    "forward_call",
+    "forward_reference",
+    "prepare",
+]
