@@ -2,6 +2,7 @@
 
 from kernels_pallas._attention.api import _IMPLEMENTATIONS as IMPLEMENTATIONS
 from kernels_pallas._attention.api import _backward_call as backward_call
+from kernels_pallas._attention.api import _check_backward as check_backward
 from kernels_pallas._attention.api import _check_implementation as check_implementation
 from kernels_pallas._attention.api import _forward as forward_call
 from kernels_pallas._attention.api import attention, prepare
@@ -16,6 +17,7 @@ __all__ = [
     "accumulator",
     "attention",
     "backward_call",
+    "check_backward",
     "check_implementation",
     "forward_call",
     "forward_reference",

@@ -147,21 +147,29 @@ def attention(
 # --- Which implementation can do a call. ------------------------------------------------------------------------------
 
 
-def _check_implementation(implementation: str | None, config: Config, operands: Operands) -> None:
+def _check_implementation(
+    implementation: str | None, config: Config, operands: Operands, name: str = "attention"
+) -> None:
     if implementation != "reference" and any(map(_explicitly_sharded, jax.tree.leaves(operands))):
         raise NotImplementedError(
-            "attention: explicitly sharded arrays are served by implementation='reference' only. "
+            f"{name}: explicitly sharded arrays are served by implementation='reference' only. "
             "Call it inside jax.shard_map over batch and heads, or use a mesh of automatic axes."
         )
-    _refuse(implementation, _UNSUPPORTED, config, operands)
+    _refuse(implementation, _UNSUPPORTED, config, operands, name)
 
 
-def _refuse(implementation: str | None, unsupported: dict[str, Callable], config: Config, operands: Any) -> None:
+def _check_backward(implementation: str | None, config: Config, inputs: tuple, name: str = "attention") -> None:
+    _refuse(implementation, _UNSUPPORTED_BACKWARD, config, inputs, name)
+
+
+def _refuse(
+    implementation: str | None, unsupported: dict[str, Callable], config: Config, operands: Any, name: str
+) -> None:
     """Raise with the reason when a named kernel cannot do a call."""
     reason = unsupported[implementation](config, operands) if implementation in unsupported else None
     if reason:
         raise NotImplementedError(
-            f"attention: implementation {implementation!r} cannot do this call: {reason}. "
+            f"{name}: implementation {implementation!r} cannot do this call: {reason}. "
             "Use implementation=None, which falls back to 'xla'."
         )
 
@@ -248,7 +256,7 @@ def _differentiable_bwd(static: tuple, saved: tuple, cotangents: tuple) -> tuple
     implementation, config = static
     config = replace(config, bias_gradient=wants_bias is not None)
     inputs = dispatch.align((operands, o, lse, o_cotangent, lse_cotangent))
-    _refuse(implementation, _UNSUPPORTED_BACKWARD, config, inputs)
+    _check_backward(implementation, config, inputs)
     grads = _backward((implementation, config), *inputs)
     return (Operands(*grads),)  # pyright: ignore[reportGeneralTypeIssues]
 

@@ -37,9 +37,12 @@ def prepare(
     dropout_rate: float = 0.0,
     dropout_seed: Any = None,
     block_sizes: BlockSizes | None = None,
+    name: str = "attention",
 ) -> tuple[Config, Operands, tuple[int, ...]]:
-    """Check the arguments of `attention`; give the static part, the arrays with one batch axis, and the batch shape."""
-    name = "attention"
+    """Check the arguments of `attention`; give the static part, the arrays with one batch axis, and the batch shape.
+
+    `name` is the public function that the errors speak of.
+    """
     segments = _segment_pair(name, segment_ids, q, k)
     checks.dtype(name, _DTYPES, q=q)
     checks.same_dtype(name, remedy="Cast them to one dtype.", q=q, k=k, v=v)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import checks
-from kernels_pallas._attention import IMPLEMENTATIONS, BlockSizes, attention, check_implementation, prepare
+from kernels_pallas._attention import IMPLEMENTATIONS, BlockSizes, attention, prepare
 from kernels_pallas._ring_attention import layout as layouts
 from kernels_pallas._ring_attention import ring
 
@@ -95,6 +95,7 @@ def ring_attention(
     checks.choice(_NAME, "layout", layout, layouts.LAYOUTS)
     shards = _axis_size(axis_name)
     layouts.check_length(_NAME, "q", jnp.shape(q), layout, sizes["n"], shards)
+    checks.choice(_NAME, "implementation", implementation, IMPLEMENTATIONS)
     config, operands, batch = prepare(
         q,
         k,
@@ -105,9 +106,8 @@ def ring_attention(
         soft_cap=soft_cap,
         scale=scale,
         block_sizes=block_sizes,
+        name=_NAME,
     )
-    checks.choice(_NAME, "implementation", implementation, IMPLEMENTATIONS)
-    check_implementation(implementation, config, operands)
     if 0 in (operands.q.size, operands.k.size, operands.v.size):
         return attention(q, k, v, return_lse=return_lse)
     offsets = layouts.offsets(layout, shards, sizes["n"], config.causal, config.window)
@@ -122,6 +122,7 @@ def _check_shapes(q: Any, k: Any, v: Any, segment_ids: Any) -> dict[str, Any]:
     sizes = checks.shape(_NAME, remedy=remedy, q=(q, "*B n Hq D"), k=(k, "*B n Hk D"), v=(v, "*B n Hk Dv"))
     spec = " ".join(map(str, (*sizes["B"], sizes["n"])))
     checks.shape(_NAME, remedy="One id a token of this device.", segment_ids=(segment_ids, spec))
+    checks.dtype(_NAME, "integer", segment_ids=segment_ids)
     return sizes
 
 

@@ -12,7 +12,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas import dispatch
-from kernels_pallas._attention import Config, Operands, accumulator, backward_call, forward_call, forward_reference
+from kernels_pallas._attention import (
+    Config,
+    Operands,
+    accumulator,
+    backward_call,
+    check_backward,
+    check_implementation,
+    forward_call,
+    forward_reference,
+)
 from kernels_pallas._ring_attention.layout import positions
 
 
@@ -46,6 +55,7 @@ def attend(ring: Ring, operands: Operands, shard: jax.Array) -> tuple[jax.Array,
       shard: its index, int32 [].
     """
     operands, shard = dispatch.align((operands, shard))
+    check_implementation(ring.implementation, ring.config, _placed(ring, operands, shard, 0), "ring_attention")
     if ring.implementation == "reference":
         return _forward_ring(ring, operands, shard)
     return _differentiable(ring, dispatch.refuse_forward_mode("ring_attention", operands), shard)
@@ -128,6 +138,7 @@ def _backward_ring(
     totals: list[Any] = []
     for local, hop in _steps(ring, operands, shard):
         inputs = (local, o, lse, o_cotangent, lse_cotangent)
+        check_backward(ring.implementation, ring.config, inputs, "ring_attention")
         shares = [x.astype(acc) for x in backward_call(ring.implementation, ring.config, inputs)]
         # What arrives is needed for the sum only: it travels while the shares are at work.
         totals = [totals[0], *_send(ring, totals[1:], hop)] if totals else [jnp.zeros((), acc)] * 3
@@ -138,21 +149,22 @@ def _backward_ring(
 
 def _steps(ring: Ring, operands: Operands, shard: jax.Array) -> Iterator[tuple[Operands, int]]:
     """For every step the operands of this device, and how far the keys came for it."""
-    n = operands.q.shape[1]
-    placed = ring.config.causal or ring.config.window is not None
     moving = [operands.k, operands.v, operands.kv_segments]
     at = 0
     for offset in ring.offsets:
         hop, at = offset - at, offset
         moving = _send(ring, moving, hop)
         local = operands._replace(k=moving[0], v=moving[1], kv_segments=moving[2])
-        if placed:
-            own, of_keys = (
-                positions(ring.layout, ring.shards, n, s)[None]
-                for s in (shard, jax.lax.rem(shard + (ring.shards - offset), jnp.int32(ring.shards)))
-            )
-            local = local._replace(q_positions=own, kv_positions=of_keys)
-        yield local, hop
+        yield _placed(ring, local, shard, offset), hop
+
+
+def _placed(ring: Ring, operands: Operands, shard: jax.Array, offset: int) -> Operands:
+    """With the positions of this device's queries, and of the keys of the device `offset` behind it."""
+    if not ring.config.causal and ring.config.window is None:
+        return operands
+    owner = jax.lax.rem(shard + (ring.shards - offset), jnp.int32(ring.shards))
+    of = (positions(ring.layout, ring.shards, operands.q.shape[1], s)[None] for s in (shard, owner))
+    return operands._replace(**dict(zip(("q_positions", "kv_positions"), of, strict=True)))
 
 
 def _send(ring: Ring, arrays: list[Any], hop: int) -> list[Any]:
