@@ -12,6 +12,7 @@ stays below 2^_SLACK, nothing is rescaled, and the quotient acc / l is the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,6 +31,8 @@ _LOG2E = 1.4426950408889634
 # Rows of a warpgroup's product.
 _ROWS = 64
 _WARPGROUPS = 2
+# The normaliser adds up in so many columns, [rows, 8], where no thread needs another's: they are summed at the end.
+_LANE_COLUMNS = 8
 _SLACK = 8.0
 # Finite, so that a row that has seen nothing yet is no special case: its p is exp2(-inf).
 _LOWEST = float(np.finfo(np.float32).min)
@@ -85,13 +88,14 @@ class _Plan(NamedTuple):
 def _forward(config: Config, operands: Operands, interpret: Any) -> tuple[jax.Array, jax.Array]:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    q, k, v = (masks.pad_axis(x, 3, 64) for x in operands[:3])
+    # Tiles in shared memory are of 8 rows and 64 columns; TMA itself cuts off and fills up what is left of a block.
+    q, k, v = (masks.pad_axis(masks.pad_axis(x, 1, 8), 3, 64) for x in operands[:3])
     if config.scale <= 0:
         # The maximum of c s is c times the maximum of s for positive c only.
         q = q * jnp.asarray(np.sign(config.scale), q.dtype)
         config = replace(config, scale=abs(config.scale) or 1.0)
     B, T, H, D = q.shape
-    S, k_heads, v_dim = v.shape[1:]
+    S, k_heads, v_dim = operands.k.shape[1], k.shape[2], v.shape[3]
     kv, stages = _ring(D, v_dim)
     rows = -(-T // (_ROWS * _WARPGROUPS))
     hides = masks.masked(config, operands) or S % kv != 0
@@ -113,7 +117,8 @@ def _forward(config: Config, operands: Operands, interpret: Any) -> tuple[jax.Ar
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret or None,
     )(*inputs.values())
-    return o[..., : operands.v.shape[3]], lse[:, :, :T]
+    T = operands.q.shape[1]
+    return o[:, :T, :, : operands.v.shape[3]], lse[:, :, :T]
 
 
 def _ring(D: int, v_dim: int) -> tuple[int, int]:
@@ -171,7 +176,9 @@ def _visibility(config: Config, operands: Operands, kv: int) -> dict[str, jax.Ar
     if masks.positional(config) and (operands.q_positions is not None or operands.kv_positions is not None):
         places["q_positions"], places["kv_positions"] = masks.positions(operands)
     if operands.q_segments is not None:
-        places["q_segments"], places["kv_segments"] = operands.q_segments, operands.kv_segments
+        # Padding is told apart once, -2 among queries and -1 among keys: then equality alone decides.
+        places["q_segments"] = jnp.where(operands.q_segments < 0, -2, operands.q_segments)
+        places["kv_segments"] = jnp.maximum(operands.kv_segments, -1)
     for name, x in places.items():
         block = kv if name.startswith("kv") else _ROWS * _WARPGROUPS
         found[name] = masks.pad_axis(jnp.asarray(x, jnp.int32), 1, block, value=-1)
@@ -184,50 +191,55 @@ class _Place(NamedTuple):
     batch: Any
     head: Any
     row: Any
-    whole: Any  # blocks without hidden entries
-    live: Any  # and the partial ones
-    block: Any  # the n-th live block
+    # Read where they are needed: kept, they would take registers that the loops lack.
+    whole: Callable[[], Any]  # how many blocks have no hidden entries
+    partial: Callable[[], Any]  # and how many of the others are live
+    block: Callable[[Any], Any]  # the n-th live block
 
 
 def _place(plan: _Plan, inputs: dict[str, Any]) -> _Place:
     batch, head, row = (lax.axis_index(name) for name in ("batch", "head", "row"))
     if not plan.hides:
-        return _Place(batch, head, row, jnp.int32(plan.blocks), jnp.int32(plan.blocks), lambda n: n)
-    # Later rows of a causal mask see more: the longest first, so that the last to finish are short.
-    row = pl.num_programs(1) - 1 - row if False else row
+        return _Place(batch, head, row, lambda: jnp.int32(plan.blocks), lambda: jnp.int32(0), lambda n: n)
     order, counts = inputs["order"], inputs["counts"]
     line = batch if order.shape[0] > 1 else 0
-    whole = counts[line, row, 0]
-    return _Place(batch, head, row, whole, whole + counts[line, row, 1], lambda n: order[line, row, n])
+    counted = [lambda kind=kind: counts[line, row, kind] for kind in range(2)]
+    return _Place(batch, head, row, *counted, lambda n: order[line, row, n])
 
 
-def _seen(plan: _Plan, inputs: dict[str, Any], at: _Place, q_start: Any, kv_start: Any) -> jax.Array:
-    """What of a tile is seen, [rows, kv]."""
+def _seen(plan: _Plan, inputs: dict[str, Any], at: _Place, q_start: Any) -> Callable[[Any], jax.Array]:
+    """What of a tile [rows, kv] is seen, by where its keys start; what belongs to the queries is read once."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     shape = (_ROWS, plan.kv)
-    starts = (q_start, kv_start)
 
-    def counted(axis: int) -> jax.Array:
-        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) + starts[axis]
+    def counted(axis: int, start: Any) -> jax.Array:
+        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) + start
 
-    def given(name: str, axis: int) -> Any:
-        if name not in inputs:
-            return None
+    def given(name: str, axis: int, start: Any) -> jax.Array:
         ref = inputs[name]
-        line = at.batch if ref.shape[0] > 1 else 0
-        span = ref.at[line, pl.ds(starts[axis], shape[axis])]
-        x = compat.gpu_load(span, layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
-        return lax.broadcast_in_dim(x, shape, (axis,))
+        span = ref.at[at.batch if ref.shape[0] > 1 else 0, pl.ds(start, shape[axis])]
+        return compat.gpu_load(span, layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
 
-    q_positions, kv_positions = given("q_positions", 0), given("kv_positions", 1)
-    if q_positions is None and masks.positional(plan.config):
-        q_positions, kv_positions = counted(0), counted(1)
-    segments = given("q_segments", 0), given("kv_segments", 1)
-    seen = masks.visible(plan.config, q_positions, kv_positions, *segments)
-    if plan.length is not None:
-        inside = counted(1) < plan.length
-        seen = inside if seen is None else seen & inside
+    queries = {name: given(name, 0, q_start) for name in ("q_positions", "q_segments") if name in inputs}
+
+    def seen(kv_start: Any) -> jax.Array:
+        found = None
+        if masks.positional(plan.config) and queries.get("q_positions") is not None:
+            q = _across(queries["q_positions"], shape)
+            kv = lax.broadcast_in_dim(given("kv_positions", 1, kv_start), shape, (1,))
+            found = masks.visible(plan.config, q, kv)
+        elif masks.positional(plan.config):
+            found = masks.visible(plan.config, counted(0, q_start), counted(1, kv_start))
+        if "q_segments" in queries:
+            kv = lax.broadcast_in_dim(given("kv_segments", 1, kv_start), shape, (1,))
+            same = _across(queries["q_segments"], shape) == kv
+            found = same if found is None else found & same
+        elif plan.length is not None:
+            inside = counted(1, kv_start) < plan.length
+            found = inside if found is None else found & inside
+        return found
+
     return seen
 
 
@@ -267,7 +279,7 @@ def _produce(plan: _Plan, inputs: dict[str, Any], at: _Place, **scratch: Any) ->
             tile, ready = scratch[f"{name}_tiles"].at[slot], scratch[f"{name}_ready"].at[slot]
             plgpu.copy_gmem_to_smem(inputs[name].at[source], tile, ready)
 
-    lax.fori_loop(jnp.int32(0), at.live, step, None)
+    lax.fori_loop(jnp.int32(0), at.whole() + at.partial(), step, None)
 
 
 def _slot(plan: _Plan, n: Any) -> Any:
@@ -297,55 +309,60 @@ def _compute(
 ) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    q = q_tiles.at[warpgroup]
-    mine, other = turn.at[warpgroup], turn.at[1 - warpgroup]
     start = at.row * (_ROWS * _WARPGROUPS) + warpgroup * _ROWS
     span = pl.ds(start, _ROWS)
-    plgpu.copy_gmem_to_smem(inputs["q"].at[at.batch, span, at.head], q, q_ready.at[warpgroup])
+    plgpu.copy_gmem_to_smem(inputs["q"].at[at.batch, span, at.head], q_tiles.at[warpgroup], q_ready.at[warpgroup])
     plgpu.barrier_wait(q_ready.at[warpgroup])
     # The first warpgroup has the tensor cores first; each hands them on once its products are under way.
-    pl.when(warpgroup == 1)(lambda: plgpu.barrier_wait(mine))
+    pl.when(warpgroup == 1)(lambda: plgpu.barrier_wait(turn.at[1]))
+
+    # Then the accumulator leaves few registers.
+    wide = min(q_tiles.shape[2], v_tiles.shape[2]) > 128
 
     def step(n: Any, state: tuple, *, masked: bool) -> tuple:
-        slot = _slot(plan, n)
+        slot, own = _slot(plan, n), _fresh(warpgroup) if wide else warpgroup
         plgpu.barrier_wait(k_ready.at[slot])
 
         def scores(accumulator: Any) -> jax.Array:
-            plgpu.wgmma(accumulator, q, k_tiles.at[slot].transpose((1, 0)))
-            plgpu.barrier_arrive(other)
+            plgpu.wgmma(accumulator, q_tiles.at[own], k_tiles.at[slot].transpose((1, 0)))
+            plgpu.barrier_arrive(turn.at[1 - own])
             return accumulator[...]
 
         s = pl.run_scoped(scores, plgpu.ACC((_ROWS, plan.kv), jnp.float32))
         plgpu.barrier_arrive(k_free.at[slot])
         s, factor = _capped(plan.config, s)
         if masked:
-            s = jnp.where(_seen(plan, inputs, at, start, at.block(n) * plan.kv), s, -jnp.inf)
+            s = jnp.where(seen(at.block(n) * plan.kv), s, -jnp.inf)
         acc, m, l = _follow(plan, jnp.max(s, axis=1) * factor, *state)
-        p = jnp.exp2(s * factor - lax.broadcast_in_dim(m, s.shape, (0,)))
-        l += jnp.sum(p, axis=1)
-        p = p.astype(q.dtype)
+        p = jnp.exp2(s * factor - _across(m, s.shape))
+        for first in range(0, plan.kv, _LANE_COLUMNS):
+            l += lax.slice(p, (0, first), (_ROWS, first + _LANE_COLUMNS))
+        p = p.astype(v_tiles.dtype)
         plgpu.barrier_wait(v_ready.at[slot])
-        plgpu.barrier_wait(mine)
+        plgpu.barrier_wait(turn.at[own])
         acc = _add_product(acc, p, v_tiles.at[slot], None if p_tiles is None else p_tiles.at[warpgroup])
         plgpu.barrier_arrive(v_free.at[slot])
         return acc, m, l
 
-    def rows(value: float) -> jax.Array:
-        return plgpu.layout_cast(jnp.full((_ROWS,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+    def zeros(columns: int) -> jax.Array:
+        return plgpu.layout_cast(jnp.zeros((_ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
 
-    zero = plgpu.layout_cast(jnp.zeros((_ROWS, v_tiles.shape[2]), jnp.float32), plgpu.Layout.WGMMA)
-    state = zero, rows(_LOWEST), rows(0.0)
-    state = lax.fori_loop(jnp.int32(0), at.whole, partial(step, masked=False), state)
+    lowest = plgpu.layout_cast(jnp.full((_ROWS,), _LOWEST, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+    state = zeros(v_tiles.shape[2]), lowest, zeros(_LANE_COLUMNS)
+    state = lax.fori_loop(jnp.int32(0), at.whole(), partial(step, masked=False), state)
     if plan.hides:
-        state = lax.fori_loop(at.whole, at.live, partial(step, masked=True), state)
+        seen = _seen(plan, inputs, at, start)
+        whole = at.whole()
+        state = lax.fori_loop(whole, whole + at.partial(), partial(step, masked=True), state)
     acc, m, l = state
-    pl.when(warpgroup == 0)(lambda: plgpu.barrier_arrive(other))
+    l = jnp.sum(l, axis=1)
+    pl.when(warpgroup == 0)(lambda: plgpu.barrier_arrive(turn.at[1]))
 
     sees = l > 0
     total = jnp.where(sees, l, 1.0)
     share = jnp.where(sees, 1.0 / total, 0.0)
-    o = q if o_tiles is None else o_tiles.at[warpgroup]
-    o[...] = (acc * lax.broadcast_in_dim(share, acc.shape, (0,))).astype(o.dtype)
+    o = (q_tiles if o_tiles is None else o_tiles).at[warpgroup]
+    o[...] = (acc * _across(share, acc.shape)).astype(o.dtype)
     lse_rows.at[warpgroup][...] = jnp.where(sees, (m + jnp.log2(total)) / _LOG2E, -jnp.inf)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(o, o_ref.at[at.batch, span, at.head])
@@ -368,12 +385,22 @@ def _follow(plan: _Plan, top: jax.Array, acc: jax.Array, m: jax.Array, l: jax.Ar
     def follow() -> tuple:
         new = jnp.where(top - m > _SLACK, top, m)
         shrink = jnp.exp2(m - new)
-        return acc * lax.broadcast_in_dim(shrink, acc.shape, (0,)), new, l * shrink
+        return acc * _across(shrink, acc.shape), new, l * _across(shrink, l.shape)
 
     if plan.interpreted:
         return follow()
     # Each warp decides for its own rows.
     return lax.cond(compat.gpu_any_lane(top - m, _SLACK), follow, lambda: (acc, m, l))
+
+
+def _fresh(x: Any) -> Any:
+    """x as if it were another number, so that no address that follows from it is kept across steps in a register."""
+    return lax.optimization_barrier(x)
+
+
+def _across(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """One number a row [rows] to [rows, columns]."""
+    return lax.broadcast_in_dim(x, shape, (0,))
 
 
 def _add_product(acc: jax.Array, p: jax.Array, v: Any, p_tile: Any) -> jax.Array:
