@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -82,30 +85,51 @@ class Operands(NamedTuple):
     dropout_keys: Any = None
 
 
-# Found by compiling for v5e and v6e. A long key block lets the next product start while the exponentials of the last
-# are still at work; where blocks can be skipped, short ones skip more.
-_TPU_BLOCKS = BlockSizes(512, 4096, 1024)
-_TPU_HIDING_BLOCKS = BlockSizes(1024, 1024, 1024)
-_TPU_WIDE_BLOCKS = BlockSizes(512, 1024, 512)
-_TPU_WIDEST_BLOCKS = BlockSizes(256, 256, 256)
+# Blocks by direction, case and generation, written by `python -m benchmarks.tpu_schedule --tune`.
+_TPU_TABLE = Path(__file__).with_name("tpu_blocks.json")
 
 
-def tpu_blocks(config: Config, operands: Operands) -> BlockSizes:
-    """Blocks of the TPU kernel, no longer than the lengths padded to whole lanes."""
+def tpu_blocks(config: Config, operands: Operands, *, backward: bool = False) -> BlockSizes:
+    """Blocks of a TPU kernel, no longer than the lengths padded to whole lanes.
+
+    Those of the generation that the program is compiled for, as far as JAX tells it: the default device, or the device
+    of the abstract mesh. Where it tells none, as beside a topology without a chip, those that do well on all.
+    """
     T, S = operands.q.shape[1], operands.k.shape[1]
-    width = max(operands.q.shape[3], operands.v.shape[3]) * operands.q.dtype.itemsize
-    hides = config.causal or config.window is not None or operands.q_segments is not None
-    if config.blocks is not None:
-        blocks = config.blocks
-    elif width > 1024:
-        blocks = _TPU_WIDEST_BLOCKS
-    elif width > 256 or operands.bias is not None or operands.mask is not None:
-        blocks = _TPU_WIDE_BLOCKS
-    else:
-        blocks = _TPU_HIDING_BLOCKS if hides else _TPU_BLOCKS
+    blocks = config.blocks
+    if blocks is None:
+        cases = _tpu_table()["backward" if backward else "forward"][tpu_case(config, operands)]
+        blocks = BlockSizes(*cases.get(_tpu_generation(), cases["default"]))
     up = lambda n, m: -(-n // m) * m  # noqa: E731
     compute = min(blocks.compute, up(S, _LANES))
     return BlockSizes(min(blocks.q, up(T, _LANES)), min(blocks.kv // compute * compute, up(S, compute)), compute)
+
+
+def tpu_case(config: Config, operands: Operands) -> str:
+    """Which line of the table of blocks serves a call: by what a block of it needs, and whether blocks are skipped."""
+    width = max(operands.q.shape[3], operands.v.shape[3]) * operands.q.dtype.itemsize
+    if width > 1024:
+        return "widest"
+    if width > 256:
+        return "wide"
+    if operands.bias is not None or operands.mask is not None or config.dropout:
+        return "extra"
+    hides = config.causal or config.window is not None or operands.q_segments is not None
+    return "hiding" if hides else "full"
+
+
+@lru_cache(maxsize=1)
+def _tpu_table() -> dict[str, dict[str, dict[str, list[int]]]]:
+    return json.loads(_TPU_TABLE.read_text())
+
+
+def _tpu_generation() -> str | None:
+    from jax.experimental.pallas import tpu as pltpu
+
+    try:
+        return str(pltpu.get_tpu_info().chip_version)
+    except ValueError:  # neither the default device nor an abstract mesh names a TPU
+        return None
 
 
 def accumulator(dtype: Any) -> Any:

@@ -60,7 +60,17 @@ def keys_of(seed: Any, batch: int, heads: int) -> jax.Array:
     return jnp.stack(hash_of(words[0], words[1], b, h), axis=-1)
 
 
-def tile(k0: Any, k1: Any, row: Any, column: Any, shape: tuple[int, int], steps: int, *, aligned: bool) -> Any:
+def tile(
+    k0: Any,
+    k1: Any,
+    row: Any,
+    column: Any,
+    shape: tuple[int, int],
+    steps: int,
+    *,
+    aligned: bool,
+    keys_first: bool = False,
+) -> Any:
     """What is kept of a tile of weights [queries, keys], for use inside kernels.
 
     Args:
@@ -71,13 +81,16 @@ def tile(k0: Any, k1: Any, row: Any, column: Any, shape: tuple[int, int], steps:
       shape: of the tile; its keys are a multiple of 128.
       steps: `threshold` of the rate.
       aligned: `column` is known to be a multiple of 512, which spares three quarters of the hashes.
+      keys_first: give the transpose.
 
     Returns:
-      Bool of that shape.
+      Bool of that shape, or of its transpose.
     """
     queries, keys = shape
-    rows = lax.broadcasted_iota(jnp.int32, (queries, LANES), 0) + row
-    lanes = lax.broadcasted_iota(jnp.int32, (queries, LANES), 1)
+    axis = 0 if keys_first else 1  # along which keys run
+    piece = (LANES, queries) if keys_first else (queries, LANES)
+    rows = lax.broadcasted_iota(jnp.int32, piece, 1 - axis) + row
+    lanes = lax.broadcasted_iota(jnp.int32, piece, axis)
     pieces: list[Any] = []
     for start in range(0, keys, SPAN if aligned else LANES):
         at = jnp.asarray(column, jnp.int32) + np.int32(start)
@@ -88,7 +101,7 @@ def tile(k0: Any, k1: Any, row: Any, column: Any, shape: tuple[int, int], steps:
             w = lax.rem(lax.div(at, np.int32(LANES)), np.int32(4))
             x0, x1 = (jnp.where(lax.rem(w, np.int32(2)) == 0, low, high) for low, high in (halves[:2], halves[2:]))
             pieces.append(jnp.where(w < 2, x0, x1))
-    bits = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)
+    bits = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=axis)
     return bits >= steps
 
 

@@ -160,7 +160,7 @@ def _plan(config: Config, operands: Operands) -> _Plan:
 
 
 def _prepare(config: Config, operands: Operands, plan: _Plan, do: jax.Array, stats: jax.Array) -> dict[str, jax.Array]:
-    """Arrays as the kernel reads them, in the order of its arguments. A column runs along sublanes, a row along lanes."""
+    """Arrays as the kernel reads them, in the order of its arguments; a row runs along lanes, a column across them."""
     blocks, k_heads = plan.blocks, operands.k.shape[2]
     q_block = blocks.q * plan.rows
 
