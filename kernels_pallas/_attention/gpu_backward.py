@@ -28,7 +28,8 @@ _LOG2E = 1.4426950408889634
 _ROWS = 64
 _WARPGROUPS = 2
 _BLOCK = _ROWS * _WARPGROUPS
-_STAGES = 2
+# Shared memory of a block, less what the compiler adds.
+_SHARED = 226 * 1024
 # Heads up to this width have dk and dv in registers together; up to twice that, one after the other.
 _WIDE = 128
 
@@ -127,6 +128,7 @@ class _Plan(NamedTuple):
     group: int  # query heads a key head
     hides: bool  # whether any entry is hidden
     length: int | None  # keys before padding; None without padding
+    stages: int  # blocks of the ring
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -140,14 +142,17 @@ def _plan(config: Config, operands: Operands, inputs: dict[str, jax.Array], want
     # What masks and the cap need beside the accumulators leaves the registers of a thread no room for wide tiles.
     heavy = config.soft_cap is not None or any(name.startswith("kv_") for name in inputs)
     narrow = max(widths) > _WIDE or (heavy and "dq" not in wanted and sum(widths) > 192)
+    step = 32 if narrow else 64
+    kept = _BLOCK * (sum(widths) + len(wanted) * step) * 2
     return _Plan(
         config,
         wanted,
         (*inputs, "order", "counts"),
-        32 if narrow else 64,
+        step,
         operands.q.shape[2] // operands.k.shape[2],
         masks.masked(config, operands) or S % _BLOCK != 0,
         S if S % _BLOCK else None,
+        min(4, (_SHARED - kept) // (step * (2 * sum(widths) + 8))),
     )
 
 
@@ -193,7 +198,7 @@ def _scratch(plan: _Plan, inputs: dict[str, jax.Array]) -> dict[str, Any]:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     D, v_dim, dtype = inputs["q"].shape[3], inputs["v"].shape[3], inputs["q"].dtype
-    own, moving = (_WARPGROUPS, _ROWS), (_STAGES, plan.step)
+    own, moving = (_WARPGROUPS, _ROWS), (plan.stages, plan.step)
     by_query = plan.wanted == ("dq",)
     lines = plgpu.SMEM(own if by_query else moving, jnp.float32)
     # Both operands of a product must be swizzled alike, and the narrowest has `step` columns.
@@ -206,8 +211,8 @@ def _scratch(plan: _Plan, inputs: dict[str, jax.Array]) -> dict[str, Any]:
         "lse_smem": lines,
         "delta_smem": lines,
         "ready": plgpu.Barrier(num_arrivals=4 if by_query else 2, num_barriers=_WARPGROUPS),
-        "full": plgpu.Barrier(num_arrivals=2 if by_query else 4, num_barriers=_STAGES),
-        "consumed": plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=_STAGES),
+        "full": plgpu.Barrier(num_arrivals=2 if by_query else 4, num_barriers=plan.stages),
+        "consumed": plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=plan.stages),
     }
     if "dv" in plan.wanted:
         scratch["p_smem"] = plgpu.SMEM((*own, plan.step), dtype, transforms=tile)
@@ -280,19 +285,23 @@ def _dq_compute(
 
     def accumulate(dq: Any) -> Any:
         def step(n: Any, _: None, *, masked: bool) -> None:
-            slot = lax.rem(n, jnp.int32(_STAGES))
+            slot = lax.rem(n, jnp.int32(plan.stages))
             k, v = moving_qk.at[slot], moving_ov.at[slot]
             plgpu.barrier_wait(full.at[slot])
             own = _fresh(warpgroup)
-            s, dp = _products((own_qk.at[own], k.transpose((1, 0))), (own_ov.at[own], v.transpose((1, 0))))
-            seen = _seen(plan, inputs, at, 0, _start(at, own), at.block(n) * plan.step) if masked else None
-            _, sloped = _weights(plan, s, _spread(lse, plan.shape, 0), seen)
-            ds = ds_smem.at[own]
-            ds[...] = (sloped * (dp - _spread(delta, plan.shape, 0))).astype(k.dtype)
+
+            def tile(s: Any, dp: Any) -> None:
+                plgpu.wgmma(s, own_qk.at[own], k.transpose((1, 0)))
+                plgpu.wgmma(dp, own_ov.at[own], v.transpose((1, 0)))
+                s = plgpu.wgmma_accumulator_load(s, wait_n=1)
+                _release(plan, n, consumed)
+                seen = _seen(plan, inputs, at, 0, _start(at, own), at.block(n) * plan.step) if masked else None
+                _, sloped = _weights(plan, s, _spread(lse, plan.shape, 0), seen)
+                ds_smem.at[own][...] = (sloped * (dp[...] - _spread(delta, plan.shape, 0))).astype(q.dtype)
+
+            pl.run_scoped(tile, *(plgpu.ACC(plan.shape, jnp.float32),) * 2)
             plgpu.commit_smem()
-            plgpu.wgmma(dq, ds, k)
-            plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(consumed.at[slot])
+            plgpu.wgmma(dq, ds_smem.at[own], k)
 
         _steps(plan, at.whole, at.partial, step)
         return dq[...]
@@ -380,29 +389,35 @@ def _dkv_compute(
         total = dict(zip(plan.wanted, sums, strict=True))
 
         def step(n: Any, _: None, *, masked: bool) -> None:
-            slot = lax.rem(n, jnp.int32(_STAGES))
+            slot = lax.rem(n, jnp.int32(plan.stages))
             q, do = moving_qk.at[slot], moving_ov.at[slot]
             plgpu.barrier_wait(full.at[slot])
             own = _fresh(warpgroup)
-            pairs = [(own_qk.at[own], q.transpose((1, 0))), (own_ov.at[own], do.transpose((1, 0)))]
-            sT, *dpT = _products(*pairs[: 2 if "dk" in total else 1])
-            seen = None
-            if masked:
-                seen = _seen(plan, inputs, at, 1, _shared_step(plan, at, n)[1] * plan.step, _start(at, own))
-            lse = compat.gpu_load(lse_smem.at[slot], layout=by_column)
-            pT, sloped = _weights(plan, sT, _spread(lse, plan.shape, 1), seen)
-            if "dk" in total:
-                delta = compat.gpu_load(delta_smem.at[slot], layout=by_column)
-                ds_smem.at[own][...] = (sloped * (dpT[0] - _spread(delta, plan.shape, 1))).astype(q.dtype)
-            if "dv" in total:
-                p_smem.at[own][...] = pT.astype(q.dtype)
+
+            def tile(sT: Any, dpT: Any = None) -> None:
+                plgpu.wgmma(sT, own_qk.at[own], q.transpose((1, 0)))
+                if dpT is not None:
+                    plgpu.wgmma(dpT, own_ov.at[own], do.transpose((1, 0)))
+                sT = plgpu.wgmma_accumulator_load(sT, wait_n=0 if dpT is None else 1)
+                _release(plan, n, consumed)
+                seen = None
+                if masked:
+                    seen = _seen(plan, inputs, at, 1, _shared_step(plan, at, n)[1] * plan.step, _start(at, own))
+                lse = compat.gpu_load(lse_smem.at[slot], layout=by_column)
+                pT, sloped = _weights(plan, sT, _spread(lse, plan.shape, 1), seen)
+                if "dv" in total:
+                    p_smem.at[own][...] = pT.astype(q.dtype)
+                if dpT is not None:
+                    dpT = dpT[...]
+                    delta = compat.gpu_load(delta_smem.at[slot], layout=by_column)
+                    ds_smem.at[own][...] = (sloped * (dpT - _spread(delta, plan.shape, 1))).astype(q.dtype)
+
+            pl.run_scoped(tile, *(plgpu.ACC(plan.shape, jnp.float32),) * (2 if "dk" in total else 1))
             plgpu.commit_smem()
             if "dv" in total:
                 plgpu.wgmma(total["dv"], p_smem.at[own], do)
             if "dk" in total:
                 plgpu.wgmma(total["dk"], ds_smem.at[own], q)
-            plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(consumed.at[slot])
 
         _steps(plan, at.whole * plan.group, at.partial * plan.group, step)
         return tuple(acc[...] for acc in sums)
@@ -466,8 +481,8 @@ def _produce(plan: _Plan, count: Any, send: Any, consumed: Any) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     def step(n: Any, _: None) -> None:
-        slot = lax.rem(n, jnp.int32(_STAGES))
-        pl.when(n >= _STAGES)(lambda: plgpu.barrier_wait(consumed.at[slot]))
+        slot = lax.rem(n, jnp.int32(plan.stages))
+        pl.when(n >= plan.stages)(lambda: plgpu.barrier_wait(consumed.at[slot]))
         send(n, slot)
 
     lax.fori_loop(jnp.int32(0), count, step, None)
@@ -480,16 +495,12 @@ def _steps(plan: _Plan, whole: Any, partial_: Any, step: Any) -> None:
         lax.fori_loop(whole, whole + partial_, partial(step, masked=True), None)
 
 
-def _products(*pairs: tuple[Any, Any]) -> tuple[jax.Array, ...]:
-    """a @ b for pairs of refs in shared memory, all in flight at once."""
+def _release(plan: _Plan, n: Any, consumed: Any) -> None:
+    """Give back the block of the step before, whose last products, started there, are known to be done by now."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    def run(*sums: Any) -> tuple[jax.Array, ...]:
-        for acc, (a, b) in zip(sums, pairs, strict=True):
-            plgpu.wgmma(acc, a, b)
-        return tuple(acc[...] for acc in sums)
-
-    return pl.run_scoped(run, *(plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32) for a, b in pairs))
+    last = lax.rem(n + (plan.stages - 1), jnp.int32(plan.stages))
+    pl.when(n > 0)(lambda: plgpu.barrier_arrive(consumed.at[last]))
 
 
 def _spread(x: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:

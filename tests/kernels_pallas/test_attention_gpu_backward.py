@@ -61,12 +61,10 @@ def segments(*lengths, last=-1):
 
 
 CASES = {
-    "plain": {},
     "two blocks": {"T": 130, "S": 200},
     "causal": {"T": 200, "S": 160, "causal": True},
-    "more keys than queries, causal": {"T": 60, "S": 200, "causal": True},
     "groups of heads, batch": {"B": 2, "H": 4, "K": 2, "causal": True},
-    "window": {"T": 160, "S": 160, "window": (20, 5)},
+    "window, soft cap": {"T": 160, "S": 160, "window": (20, 5), "soft_cap": 2.0},
     "segments": {
         "T": 140,
         "S": 150,
@@ -84,12 +82,9 @@ CASES = {
         "window": (30, None),
         "hidden": {"q_positions": np.arange(70)[None] + 20, "kv_positions": np.arange(70)[None, ::-1]},
     },
-    "soft cap": {"soft_cap": 2.0},
-    "soft cap, wide heads, causal": {"soft_cap": 2.0, "D": 128, "V": 128, "H": 2, "causal": True},
-    "scale": {"scale": 0.5},
-    "float16": {"dtype": "float16", "causal": True},
-    "wider values": {"D": 64, "V": 128, "causal": True},
-    "narrow heads": {"D": 24, "V": 40},
+    "wide heads, soft cap, causal": {"soft_cap": 2.0, "D": 128, "V": 128, "H": 2, "causal": True},
+    "float16, wider values": {"dtype": "float16", "D": 64, "V": 128, "causal": True},
+    "narrow heads, scale": {"D": 24, "V": 40, "scale": 0.5},
     "widest heads": {"D": 256, "V": 192, "causal": True, "T": 140},
 }
 
