@@ -141,7 +141,8 @@ def init_paged_cache(
     checks.dtype(name, "integer", block_table=block_table)
     checks.shape(name, remedy="One line of pages a row.", block_table=(block_table, "*B N"))
     if not checks.traced(block_table) and np.size(block_table):
-        low, high = int(np.min(block_table)), int(np.max(block_table))
+        named = np.asarray(block_table)
+        low, high = int(named.min()), int(named.max())
         checks.value(name, "block_table", low >= 0 and high < pages, f"name pages in 0..{pages - 1}", (low, high))
     arrays = _empty(name, (pages, page_size), heads, dim, v_dim, dtype)
     table = jnp.asarray(block_table, jnp.int32)

@@ -72,7 +72,8 @@ def decode_attention(
 
     Cost: the keys and values that the queries of a row see, read once, whatever the capacity: on a TPU blocks that no
       query sees are neither fetched nor computed, on a CPU the loop ends with the row. On a TPU the cache is read in
-      place where D and Dv are multiples of 128 and Hk is a power of two; else it is laid out anew at every call.
+      place where D and Dv are multiples of 128 and Hk is a power of two (int8: but not 2); else every call lays it out
+      anew.
 
     Numerics: scores, statistics and sums in float32 (float64 for float64 queries). An int8 cache is not multiplied out:
       the scales of keys multiply the scores, those of values the weights. 16-bit weights are rounded to the dtype of q

@@ -32,28 +32,30 @@ from kernels_pallas._decode_attention.tiles import LANES, Tiles, tpu_tiles
 _LOG2E = 1.4426950408889634
 
 
-def forward(config: Config, operands: Operands, *, interpret: Any = False) -> tuple[jax.Array, jax.Array]:
+def forward(
+    config: Config, operands: Operands, *, tiles: Tiles | None = None, interpret: Any = False
+) -> tuple[jax.Array, jax.Array]:
     """Output [B, T, Hq, Dv] and log-sum-exp [B, Hq, T].
 
     Args:
       config: static part of the call.
       operands: arrays of the call.
+      tiles: what a step reads; chosen by the sizes if None.
       interpret: an interpreter's parameters, for machines without a TPU.
     """
     # With x64 on, Python's ints in index maps would be 64 bits wide, which the compiler does not take.
     with jax.enable_x64(False):
-        o, lse = _parts(config, operands, interpret)
+        o, lse = _parts(config, operands, tiles or tpu_tiles(operands), interpret)
         o, lse = merge(o, lse, operands.sinks)
     return jnp.swapaxes(o, 1, 2).astype(operands.q.dtype), lse
 
 
-def _parts(config: Config, operands: Operands, interpret: Any) -> tuple[jax.Array, jax.Array]:
+def _parts(config: Config, operands: Operands, tiles: Tiles, interpret: Any) -> tuple[jax.Array, jax.Array]:
     """Normalised outputs [B, splits, Hq, T, Dv] and lse [B, splits, Hq, T] of the parts, float32."""
     from jax.experimental.pallas import tpu as pltpu
 
     B, T, H, D = operands.q.shape
     k_heads, v_dim = operands.v.shape[-2:]
-    tiles = tpu_tiles(operands)
     splits = config.splits or (1 if B > 1 else 2)  # a TPU has one or two cores
     q, places = _queries(operands)
     rows = q.shape[1]
@@ -70,7 +72,7 @@ def _parts(config: Config, operands: Operands, interpret: Any) -> tuple[jax.Arra
     }
     for name in ("k", "v", "k_scale", "v_scale"):
         if getattr(operands, name) is not None:
-            inputs[name], specs[name] = _cached(operands, name, tiles)
+            inputs[name], specs[name] = _cached(operands, name, tiles, splits)
     counts = [len(x) for x in inputs.values()]
     kernel = partial(
         _kernel,
@@ -81,6 +83,7 @@ def _parts(config: Config, operands: Operands, interpret: Any) -> tuple[jax.Arra
         names=tuple(inputs),
         counts=counts,
         scalars=len(scalars),
+        splits=splits,
     )
     flat = [x for xs in inputs.values() for x in xs]
     o, lse = pl.pallas_call(
@@ -130,7 +133,7 @@ def _queries(operands: Operands) -> tuple[jax.Array, jax.Array]:
     return jnp.pad(q, ((0, 0), (0, rows - H * T), (0, 0))), jnp.asarray(places)
 
 
-def _cached(operands: Operands, name: str, tiles: Tiles) -> tuple[list[jax.Array], list[pl.BlockSpec]]:
+def _cached(operands: Operands, name: str, tiles: Tiles, splits: int) -> tuple[list[jax.Array], list[pl.BlockSpec]]:
     """An array of the cache once for every tile of a step, and what each of these fetches.
 
     Keys and values are seen as [rows or pages, keys x heads, D], scales as [rows or pages, heads, keys].
@@ -149,7 +152,7 @@ def _cached(operands: Operands, name: str, tiles: Tiles) -> tuple[list[jax.Array
 
     def place(n: int, b: Any, i: Any, j: Any, *scalars: Any) -> tuple:
         _, _, _, first, count, holder, held, *table = scalars
-        begin, blocks = _part(first[b], count[b], i)
+        begin, blocks = _part(first[b], count[b], i, splits)
         live = blocks > 0
         row = jnp.where(live, b, holder[b])
         at = jnp.where(live, begin + jnp.minimum(j, blocks - 1), held[b])
@@ -201,10 +204,9 @@ def _pages(operands: Operands, low: jax.Array, stop: jax.Array, tiles: Tiles) ->
     return jnp.clip(table, 0, operands.k.shape[1] - 1).reshape(-1)
 
 
-def _part(first: Any, count: Any, i: Any) -> tuple[Any, Any]:
+def _part(first: Any, count: Any, i: Any, splits: int) -> tuple[Any, Any]:
     """First block of a part of a row, and how many it has."""
-    splits = pl.num_programs(1)
-    share = lax.div(count + splits - 1, splits)
+    share = lax.div(count + np.int32(splits - 1), np.int32(splits))
     return first + i * share, jnp.clip(count - i * share, 0, share)
 
 
@@ -220,13 +222,14 @@ def _kernel(
     names: tuple[str, ...],
     counts: list[int],
     scalars: int,
+    splits: int,
 ) -> None:
     length, low, stop, first, count = (ref[pl.program_id(0)] for ref in refs[:5])
     rest = iter(refs[scalars:])
     inputs = {name: [next(rest) for _ in range(n)] for name, n in zip(names, counts, strict=True)}
     o_ref, lse_ref, m_ref, l_ref, acc_ref = rest
     j = pl.program_id(2)
-    begin, blocks = _part(first, count, pl.program_id(1))
+    begin, blocks = _part(first, count, pl.program_id(1), splits)
     at = (begin + j) * tiles.keys * tiles.many
 
     @pl.when(j == 0)

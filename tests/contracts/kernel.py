@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests import interpreters
+from tests.contracts.decode_cases import DecodeCase
 from tests.contracts.kernel_cases import AttentionCase
 from tests.tolerances import tolerance
 
@@ -51,6 +52,7 @@ KERNELS = [
     KernelMember(
         "attention", AttentionCase.api, AttentionCase.implementations(), AttentionCase.backward(), AttentionCase()
     ),
+    KernelMember("decode_attention", DecodeCase.api, DecodeCase.implementations(), DecodeCase.backward(), DecodeCase()),
 ]
 DIFFERENTIATED = ("xla",)
 
@@ -238,8 +240,9 @@ def check_export(m: KernelMember) -> None:
         assert exported.platforms == PLATFORMS
         assert "tpu_custom_call" in exported.mlir_module()
         reloaded = jax.export.deserialize(exported.serialize())
+        # The branches for other platforms may change what XLA fuses, and so the last bit.
         for g, w in zip(reloaded.call(*arrays), function(*arrays), strict=True):
-            np.testing.assert_array_equal(g, w)
+            close(g, w, "float32", m.case.terms, "exported")
 
 
 def check_named_implementations(m: KernelMember) -> None:
