@@ -1,4 +1,4 @@
-"""A decode step on this machine against JAX's own attention told the lengths, and what a step costs in a large cache."""
+"""A decode step on this machine against JAX's own attention told the lengths, and what one costs in a large cache."""
 
 import statistics
 
