@@ -99,6 +99,7 @@ EXEMPT = {
     "warm_started": "a combinator: it adds no arithmetic of its own",
     "hutchinson": "one Hessian-vector product of the user's loss, which costs what the loss costs",
     "gauss_newton_bartlett": "one gradient of the user's model, which costs what the model costs",
+    "attention_io": "a count of words on paper: nothing is traced or compiled",
     "strict": "a check at trace time: it leaves no trace in the compiled update",
 }
 
