@@ -10,6 +10,7 @@ Needs the extra `gpu-aot` (Python 3.12, jax 0.12), and a C compiler for the stub
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -178,6 +179,7 @@ _LABEL = re.compile(r"^(\.L_\w+):")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?PT?\d*)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;?\s*$")
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
 _TENSOR = "HGMMA"
+_SHAPE = re.compile(r"\.(\d+)x(\d+)x(\d+)")
 
 
 class Instruction(NamedTuple):
@@ -213,6 +215,11 @@ class Loop(NamedTuple):
         """All other instructions of a trip."""
         return len(self.trip) - self.tensor()
 
+    def macs(self) -> int:
+        """Multiply-adds of a trip, of all 128 threads of a warpgroup together."""
+        shapes = [_SHAPE.search(step.name) for step in self.trip if step.name.startswith(_TENSOR)]
+        return sum(math.prod(map(int, shape.groups())) for shape in shapes)
+
 
 def tensor_loops(text: str) -> list[Loop]:
     """The loops that hold tensor-core instructions, in program order.
@@ -224,10 +231,7 @@ def tensor_loops(text: str) -> list[Loop]:
     Raises:
       ValueError: no trip runs them all in order, as when loops are nested.
     """
-    instructions, labels = parse_sass(text)
-    # Padding after the last branch leads nowhere.
-    count = len(instructions)
-    after = [[to for to in _successors(at, instructions[at], labels) if to < count] for at in range(count)]
+    instructions, after = _flow(text)
     before: list[list[int]] = [[] for _ in instructions]
     for at, targets in enumerate(after):
         for to in targets:
@@ -253,6 +257,27 @@ def _reachable(edges: list[list[int]], source: int) -> set[int]:
     while frontier:
         frontier = [to for at in frontier for to in edges[at] if to not in found and not found.add(to)]
     return found
+
+
+def register_bounds(text: str) -> list[tuple[int, int]]:
+    """Where a warpgroup gives registers back: how many the code from there on uses, and how many were kept."""
+    instructions, after = _flow(text)
+    bounds = []
+    for at, step in enumerate(instructions):
+        if step.name.startswith("USETMAXREG.DEALLOC"):
+            operands = " ".join(instructions[to].operands for to in _reachable(after, at))
+            used = 1 + max(map(int, re.findall(r"\bR(\d+)\b", operands)), default=-1)
+            bounds.append((used, int(step.operands, 16)))
+    return bounds
+
+
+def _flow(text: str) -> tuple[list[Instruction], list[list[int]]]:
+    """The instructions, and where control may go from each."""
+    instructions, labels = parse_sass(text)
+    # Padding after the last branch leads nowhere.
+    count = len(instructions)
+    after = [[to for to in _successors(at, instructions[at], labels) if to < count] for at in range(count)]
+    return instructions, after
 
 
 def _successors(at: int, step: Instruction, labels: dict[str, int]) -> list[int]:

@@ -47,13 +47,20 @@ def test_a_trip_steps_over_what_is_seldom_run():
     assert [step.name.split(".")[0] for step in loop.trip] == [
         *("WARPGROUP", "BRA", "FADD", "BRA", "SYNCS", "BRA", "HGMMA")
     ]
-    assert (loop.tensor(), loop.other()) == (1, 6)
+    assert (loop.tensor(), loop.other(), loop.macs()) == (1, 6, 64 * 128 * 16)
 
 
 def test_predicates_and_labels_are_read():
     instructions, labels = gpu_compiler.parse_sass(LISTING)
     assert labels[".L_x_9"] == 11
     assert [step.predicate for step in instructions if step.name == "BRA"] == ["!P1", "P0", "!P2", "!P1", ""]
+
+
+def test_registers_after_giving_them_back_are_counted():
+    text = LISTING.replace("WARPGROUP.DEPBAR.LE gsb0, 0x0", "USETMAXREG.DEALLOC.CTAPOOL 0x18")
+    # R25 is the highest that is reached from there; the one that names R1 lies before.
+    assert gpu_compiler.register_bounds(text) == [(26, 24)]
+    assert gpu_compiler.register_bounds(LISTING) == []
 
 
 def test_figures_are_read():
