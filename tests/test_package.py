@@ -45,7 +45,8 @@ def top_levels(distributions):
 
 def test_extras_exist():
     machines = {"tpu-aot", "gpu-aot"}
-    assert set(EXTRAS) == {"tour", "test", "bench", "bench-torch", "interop", "notebooks", "docs", "lint"} | machines
+    checks = {"test", "bench", "bench-torch", "referee", "lint"}
+    assert set(EXTRAS) == {"tour", "interop", "notebooks", "docs"} | checks | machines
     assert PROJECT["requires-python"] == ">=3.11"
     assert "jax>=0.10.2" in PROJECT["dependencies"]
 
