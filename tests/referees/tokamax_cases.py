@@ -63,7 +63,7 @@ def _run(ours: type, theirs: type, names: str) -> Outcome:
         else:
             # Some ask for equal bits on one device and on eight.
             bucket = outcome.failed if _result(theirs, name).wasSuccessful() else outcome.failed_by_both
-            bucket[name] = (result.errors + result.failures)[0][1].strip().partition("Error: ")[2][:1000]
+            bucket[name] = (result.errors + result.failures)[0][1].strip()[-600:]
     return outcome
 
 
@@ -95,11 +95,9 @@ def _ours() -> Any:
                 q, k, v, bias=_shared(bias, q, k), mask=_shared(dense, q, k), soft_cap=logits_soft_cap,
                 scale=logits_scale, return_lse=True, implementation="xla", **flags,
             )  # fmt: skip
-            if normalize_output:
+            if normalize_output or return_residuals:
+                # Sums of exp(s - lse) are 1: beside these residuals an output is normalised and unnormalised at once.
                 return o, (lse, jnp.ones_like(lse)) if return_residuals else None
-            if return_residuals:
-                # Sums of exp(s - lse) are 1: the output is normalised and unnormalised at once.
-                return o, (lse, jnp.ones_like(lse))
             return o * jnp.exp(lse - _maximum(q, k, logits_scale)).swapaxes(-1, -2)[..., None], None
 
     return Attention()
@@ -113,11 +111,17 @@ def _flags(q: Any, k: Any, mask: Any, q_indices: Any, k_indices: Any) -> tuple[d
     flags: dict[str, Any] = {}
     if band is not None:
         flags = {"causal": True, "window": None if band.window_size is None else (band.window_size - 1, None)}
-        # One row of indices for all heads.
-        q_positions = jnp.arange(lengths[0]) if q_indices is None else q_indices[..., 0, :]
-        k_positions = None if k_indices is None else k_indices[..., 0, :]
-        flags |= {"q_positions": q_positions + band.offset, "kv_positions": k_positions}
+        flags |= {"q_positions": _positions(lengths[0], q) + band.offset, "kv_positions": _positions(lengths[1], k)}
     return flags, dense
+
+
+def _positions(length_or_indices: Any, x: Any) -> Any:
+    """Positions [length] or [*batch, length]; theirs have an axis of heads, where all share one row."""
+    if isinstance(length_or_indices, int):
+        return jnp.arange(length_or_indices)
+    if length_or_indices.ndim > 1 and length_or_indices.shape[-2] > 1:
+        raise NotImplementedError("attention has one row of positions for all heads")
+    return jnp.broadcast_to(length_or_indices[..., 0, :], x.shape[:-2])
 
 
 def _shared(x: Any, q: Any, k: Any) -> Any:
