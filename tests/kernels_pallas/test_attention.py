@@ -373,6 +373,28 @@ def test_bad_arguments_each_with_its_sentence(change, error, sentence):
         jax.jit(lambda q, k, v: attention(q, k, v, **flags))(**arrays)
 
 
+def test_a_kernel_for_another_platform_is_refused():
+    q, k, v = inputs("bfloat16")
+    for name in ("tpu", "gpu"):
+        sentence = f"attention: implementation '{name}' does not run on cpu. Use implementation=None, which chooses by"
+        with pytest.raises(NotImplementedError, match=sentence):
+            attention(q, k, v, implementation=name)
+
+
+def test_kernels_refuse_what_they_cannot_do_in_either_pass(x64):
+    q, k, v = inputs("float64")
+    for name, reason in (("tpu", "TPUs have no float64"), ("gpu", "its tensor cores take float16 and bfloat16")):
+        with pytest.raises(NotImplementedError, match=f"attention: implementation '{name}' cannot do this.*{reason}"):
+            attention(q, k, v, implementation=name)
+    q, k, v = inputs("bfloat16")
+    flags = {"bias": jnp.zeros((1, 1, 130, 150)), "mask": jnp.ones((1, 1, 130, 150), bool)}
+    for flag, value in flags.items():
+        with pytest.raises(NotImplementedError, match=f"cannot do this call: it takes no {flag}"):
+            attention(q, k, v, implementation="gpu", **{flag: value})
+    with pytest.raises(NotImplementedError, match="cannot do this call: it has no dropout"):
+        attention(q, k, v, implementation="gpu", dropout_rate=0.1, dropout_seed=0)
+
+
 def test_block_sizes_are_multiples():
     with pytest.raises(ValueError, match="BlockSizes: `q` must be a positive multiple of 128; got 100"):
         BlockSizes(100, 256, 128)
