@@ -7,6 +7,10 @@ its best block sizes, on the same work. A bundle can hold a unit longer than one
 bundles than the floor), so the figure to compare is max(cost, floor). These are not wall times, and no wall time
 follows from them.
 
+The cost of a backward pass holds the sums over partial results in memory that some kernels leave to XLA. What else XLA
+does around the kernels (delta, changes of layout and dtype) is the same work for all or depends on the neighbours; it
+is recorded beside the cost, as `around`.
+
 Every compile runs in a process of its own: the compiler reads its flags when it starts. Needs the extra `tpu-aot`.
 """
 
@@ -37,36 +41,42 @@ MXU_WIDTH = {"v4": 128, "v5e": 128, "v5p": 128, "v6e": 256}
 
 
 class Work(NamedTuple):
-    """Full attention, forward: every kernel compared does exactly this."""
+    """Full attention: every kernel compared does exactly this."""
 
     batch: int = 1
     heads: int = 8
     length: int = 4096
     dim: int = 128
     dtype: str = "bfloat16"
+    direction: str = "fwd"
 
     def __str__(self) -> str:
-        return f"attention fwd full B{self.batch} H{self.heads} T{self.length} D{self.dim} {self.dtype}"
+        sizes = f"B{self.batch} H{self.heads} T{self.length} D{self.dim} {self.dtype}"
+        return f"attention {self.direction} full {sizes}"
 
     def macs(self) -> int:
-        """Useful multiply-adds: q k^T and p v."""
-        return 2 * self.batch * self.heads * self.length**2 * self.dim
+        """Useful multiply-adds: q k^T and p v; backward five such products, if none is done twice."""
+        return (2 if self.direction == "fwd" else 5) * self.batch * self.heads * self.length**2 * self.dim
 
 
 # Best blocks (query, key, compute) of each kernel on `Work()`, found by --search with jax 0.10.2; for v5p, where all
 # reach the floor, among key blocks of 2048 and 4096.
 BEST = {
-    ("flash", "v4"): (512, 4096, 1024),
-    ("splash", "v4"): (256, 4096, 1024),
-    ("flash", "v5e"): (512, 4096, 1024),
-    ("splash", "v5e"): (256, 4096, 512),
-    ("flash", "v5p"): (512, 4096, 1024),
-    ("splash", "v5p"): (512, 4096, 1024),
-    ("flash", "v6e"): (1024, 4096, 1024),
-    ("splash", "v6e"): (512, 4096, 512),
+    ("flash", "v4", "fwd"): (512, 4096, 1024),
+    ("splash", "v4", "fwd"): (256, 4096, 1024),
+    ("flash", "v5e", "fwd"): (512, 4096, 1024),
+    ("splash", "v5e", "fwd"): (256, 4096, 512),
+    ("flash", "v5p", "fwd"): (512, 4096, 1024),
+    ("splash", "v5p", "fwd"): (512, 4096, 1024),
+    ("flash", "v6e", "fwd"): (1024, 4096, 1024),
+    ("splash", "v6e", "fwd"): (512, 4096, 512),
 }
 EVEN = (1024, 1024, 1024)
-SEARCH = ((256, 512, 1024, 2048), (512, 1024, 2048, 4096), (512, 1024))
+# The schedules of backward kernels take the compiler a minute at the largest sizes.
+SEARCH = {
+    "fwd": ((256, 512, 1024, 2048), (512, 1024, 2048, 4096), (512, 1024)),
+    "bwd": ((512, 1024, 2048), (1024, 2048, 4096), (512, 1024)),
+}
 
 
 # --- The command. -----------------------------------------------------------------------------------------------------
@@ -79,15 +89,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(compile_one(*json.loads(options.one))))
         return 0
     failed = False
-    for generation, kernel in itertools.product(options.chip, options.kernel):
+    for generation, direction, kernel in itertools.product(options.chip, options.direction, options.kernel):
         best: dict[str, Any] | None = None
-        for blocks in _blocks(kernel, generation, options.search):
+        work = Work(direction=direction)
+        for blocks in _blocks(kernel, generation, direction, options.search):
             label = "own" if blocks is None else "/".join(map(str, blocks))
-            print(f"{generation} {kernel} {label} ...", file=sys.stderr, flush=True)
+            print(f"{generation} {direction} {kernel} {label} ...", file=sys.stderr, flush=True)
             try:
-                record = measure(f"benchmarks.tpu_schedule:{kernel}", generation, Work(), blocks)
+                record = measure(f"benchmarks.tpu_schedule:{kernel}", generation, work, blocks)
             except CompileError as error:
-                print(f"{generation} {kernel} {label}: {error}", flush=True)
+                print(f"{generation} {direction} {kernel} {label}: {error}", flush=True)
                 # A search walks into blocks that do not fit; a stored best must compile.
                 failed = failed or not options.search
                 continue
@@ -108,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tpu_schedule", description=__doc__.splitlines()[0])
     parser.add_argument("--chip", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
+    parser.add_argument("--direction", nargs="+", choices=("fwd", "bwd"), default=["fwd", "bwd"])
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument(
         "--search", action="store_true", help="try all block sizes of SEARCH (an hour), not stored ones"
@@ -117,13 +129,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _blocks(kernel: str, generation: str, search: bool) -> list[tuple[int, int, int] | None]:
+def _blocks(kernel: str, generation: str, direction: str, search: bool) -> list[tuple[int, int, int] | None]:
     """Block sizes to compile: all, or even ones and the stored best. Ours chooses its own."""
     if kernel == "ours":
         return [None]
     if search:
-        return [(q, kv, compute) for q, kv, compute in itertools.product(*SEARCH) if compute <= kv]
-    return list(dict.fromkeys([EVEN, BEST[kernel, generation]]))
+        return [(q, kv, compute) for q, kv, compute in itertools.product(*SEARCH[direction]) if compute <= kv]
+    return list(dict.fromkeys([EVEN, BEST[kernel, generation, direction]]))
 
 
 def _bundles(record: dict[str, Any]) -> float:
@@ -138,7 +150,8 @@ def _order(record: dict[str, Any]) -> tuple[float, float]:
 def summary(record: dict[str, Any]) -> str:
     """One kernel's figures on one line."""
     return (
-        f"{record['generation']} {record['kernel']} {record['blocks']}: {_bundles(record) / 1e6:.3f} M bundles, "
+        f"{record['generation']} {record['work']}, {record['kernel']} {record['blocks']}: "
+        f"{_bundles(record) / 1e6:.3f} M bundles, "
         f"floor {record['floor'] / 1e6:.3f} M, MXU share {record['share']:.2f}, loop body {record['body']}, "
         f"{record['fills']} fills, {record['spills']} spills, VMEM {record['vmem_bytes'] / 2**20:.2f} MiB, "
         f"HBM {record['hbm_bytes'] / 2**20:.1f} MiB"
@@ -208,7 +221,11 @@ def compile_one(builder: str, generation: str, work: Any, blocks: Sequence[int] 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation])
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
     inputs = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in specs]
-    compiled = jax.jit(function).lower(*inputs).compile()
+    # Kernels that choose blocks by generation read it from the default device; beside a topology, from this mesh.
+    kind = topology.devices[0].device_kind
+    chip = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=chip)):
+        compiled = jax.jit(function).lower(*inputs).compile()
     memory = compiled.memory_analysis()
     stated = compiled.cost_analysis().get("bytes accessed", 0)
     return {
@@ -228,34 +245,61 @@ def flash(work: Sequence, blocks: Sequence[int]) -> tuple[Callable, list, int]:
 
     work = Work(*work)
     q, kv, compute = blocks
-    sizes = library.BlockSizes(block_q=q, block_k_major=kv, block_k=compute, block_b=1)
+    backward = {f"block_{axis}_{of}": size for of in ("dkv", "dq") for axis, size in (("k_major", kv), ("k", compute))}
+    backward |= {"block_q_major_dkv": q, "block_q_dkv": q, "block_q_dq": q}
+    sizes = library.BlockSizes(block_q=q, block_k_major=kv, block_k=compute, block_b=1, **backward)
     run = functools.partial(library.flash_attention, causal=False, sm_scale=1.0, block_sizes=sizes)
-    return run, [((work.batch, work.heads, work.length, work.dim), work.dtype)] * 3, work.macs()
+    return _directed(work, run, [((work.batch, work.heads, work.length, work.dim), work.dtype)] * 3)
 
 
 def splash(work: Sequence, blocks: Sequence[int]) -> tuple[Callable, list, int]:
-    """JAX's splash_attention with a full mask."""
+    """JAX's splash_attention with a full mask; its backward pass is the fused kernel."""
     import jax
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
     work = Work(*work)
     q, kv, compute = blocks
     mask = library.MultiHeadMask([library.FullMask((work.length, work.length))] * work.heads)
-    sizes = library.BlockSizes(block_q=q, block_kv=kv, block_kv_compute=compute)
+    sizes = library.BlockSizes(
+        block_q=q,
+        block_kv=kv,
+        block_kv_compute=compute,
+        block_q_dkv=q,
+        block_kv_dkv=kv,
+        block_kv_dkv_compute=compute,
+        use_fused_bwd_kernel=True,
+    )
     run = library.make_splash_mha_single_device(mask, block_sizes=sizes)
     shape = (work.heads, work.length, work.dim)
     if work.batch > 1:
         run, shape = jax.vmap(run), (work.batch, *shape)
-    return run, [(shape, work.dtype)] * 3, work.macs()
+    return _directed(work, run, [(shape, work.dtype)] * 3)
 
 
-def ours(work: Sequence, blocks: None) -> tuple[Callable, list, int]:
-    """kernels_pallas.attention with the blocks it chooses itself."""
+def ours(work: Sequence, blocks: Sequence[int] | None) -> tuple[Callable, list, int]:
+    """kernels_pallas.attention, with the blocks it chooses itself if None."""
     import kernels_pallas
 
     work = Work(*work)
-    run = functools.partial(kernels_pallas.attention, implementation="tpu")
-    return run, [((work.batch, work.length, work.heads, work.dim), work.dtype)] * 3, work.macs()
+    sizes = None if blocks is None else kernels_pallas.BlockSizes(*blocks)
+    run = functools.partial(kernels_pallas.attention, implementation="tpu", block_sizes=sizes)
+    return _directed(work, run, [((work.batch, work.length, work.heads, work.dim), work.dtype)] * 3)
+
+
+def _directed(work: Work, run: Callable, specs: list) -> tuple[Callable, list, int]:
+    """The forward pass, or the backward pass alone: a function of what the forward pass saved."""
+    import jax
+
+    if work.direction == "fwd":
+        return run, specs, work.macs()
+    inputs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in specs]
+    out = jax.eval_shape(run, *inputs)
+    saved, tree = jax.tree.flatten(jax.eval_shape(lambda *a: jax.vjp(run, *a)[1], *inputs))
+
+    def backward(cotangent: Any, *saved: Any) -> Any:
+        return jax.tree.unflatten(tree, saved)(cotangent)
+
+    return backward, [(x.shape, x.dtype.name) for x in (out, *saved)], work.macs()
 
 
 KERNELS = ("flash", "splash", "ours")
@@ -266,6 +310,8 @@ _BUNDLE = re.compile(r"^ *(?:0x)?[0-9a-f]+ +(L[HBE]|P[BF]|CT)? *: *((?:> *)*)\{(
 _EXIT = re.compile(r"scmp\.ge\.s32\.totalorder (%\w+), ([^ ]+) /\* loop exit test")
 # The program that calls the kernel mentions it too, but not as its own entry.
 _KERNEL = re.compile(r"entry bundle: %\S+ = custom-call\(")
+# XLA's sum over an axis of partial results; "multiply_reduce_fusion" is delta.
+_PARTS = re.compile(r"-(convert_)?reduce(_fusion)?(\.\d+)?$")
 _VMEM = re.compile(r"#allocation(\d+) \[[^\n]*space=vmem, size = (0x[0-9a-f]+)")
 
 
@@ -349,19 +395,23 @@ def vmem_bytes(text: str) -> int:
 
 
 def read_dump(folder: Path) -> dict[str, int]:
-    """Figures summed over the Pallas kernels of a dump; XLA's own fusions around them are not counted.
+    """Figures summed over the Pallas kernels of a dump, and over XLA's reductions of what they left in parts.
+
+    `around` is the cost of XLA's other programs, as far as their loops have known lengths.
 
     Raises:
       ValueError: the dump has no Pallas kernel, or a loop whose length is not known.
     """
-    total = {"cost": 0, "body": 0, "fills": 0, "spills": 0, "vmem_bytes": 0, "units": 0}
+    total = {"cost": 0, "body": 0, "fills": 0, "spills": 0, "vmem_bytes": 0, "units": 0, "around": 0}
     for path in sorted(folder.glob("*-final_bundles.txt")):
         if "schedule-analysis" in path.name:
             continue
         text = path.read_text()
-        if not _KERNEL.search(text):
-            continue
         stem = re.sub(r"-\d+-final_bundles\.txt$", "", path.name)
+        if not _KERNEL.search(text):
+            if not stem.endswith("-TLP"):
+                total["cost" if _PARTS.search(stem) else "around"] += _cost_of_xla(text)
+            continue
         capacity, used = parse_utilization(_sibling(folder, stem, "final_hlo-static-per-bundle-utilization"))
         cost, body = loop_cost(parse_bundles(text))
         total["cost"] += cost
@@ -374,6 +424,13 @@ def read_dump(folder: Path) -> dict[str, int]:
     if not total["units"]:
         raise ValueError(f"no Pallas kernel in the compiler's dump {folder}")
     return total
+
+
+def _cost_of_xla(text: str) -> int:
+    try:
+        return loop_cost(parse_bundles(text))[0]
+    except ValueError:
+        return 0
 
 
 def _sibling(folder: Path, stem: str, kind: str) -> str:

@@ -85,7 +85,7 @@ class Operands(NamedTuple):
     dropout_keys: Any = None
 
 
-# Blocks by direction, case and generation, written by `python -m benchmarks.tpu_schedule --tune`.
+# Blocks by direction, case and generation, written by `python -m benchmarks.tpu_blocks`.
 _TPU_TABLE = Path(__file__).with_name("tpu_blocks.json")
 
 
@@ -98,24 +98,17 @@ def tpu_blocks(config: Config, operands: Operands, *, backward: bool = False) ->
     T, S = operands.q.shape[1], operands.k.shape[1]
     blocks = config.blocks
     if blocks is None:
-        cases = _tpu_table()["backward" if backward else "forward"][tpu_case(config, operands)]
-        blocks = BlockSizes(*cases.get(_tpu_generation(), cases["default"]))
+        width = max(operands.q.shape[3], operands.v.shape[3]) * operands.q.dtype.itemsize
+        skips = config.causal or config.window is not None or operands.q_segments is not None
+        short = skips or operands.bias is not None or operands.mask is not None or config.dropout
+        cases = _tpu_table()["backward" if backward else "forward"]
+        row = cases["wide" if width > 256 else "hiding" if short else "full"]
+        sizes = row.get(_tpu_generation(), row["default"])
+        # Wider heads than those of the table take blocks of half the length.
+        blocks = BlockSizes(*(max(_LANES, size // 2) if width > 1024 else size for size in sizes))
     up = lambda n, m: -(-n // m) * m  # noqa: E731
     compute = min(blocks.compute, up(S, _LANES))
     return BlockSizes(min(blocks.q, up(T, _LANES)), min(blocks.kv // compute * compute, up(S, compute)), compute)
-
-
-def tpu_case(config: Config, operands: Operands) -> str:
-    """Which line of the table of blocks serves a call: by what a block of it needs, and whether blocks are skipped."""
-    width = max(operands.q.shape[3], operands.v.shape[3]) * operands.q.dtype.itemsize
-    if width > 1024:
-        return "widest"
-    if width > 256:
-        return "wide"
-    if operands.bias is not None or operands.mask is not None or config.dropout:
-        return "extra"
-    hides = config.causal or config.window is not None or operands.q_segments is not None
-    return "hiding" if hides else "full"
 
 
 @lru_cache(maxsize=1)

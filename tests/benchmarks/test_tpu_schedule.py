@@ -100,7 +100,19 @@ def test_a_dump_is_read_kernel_by_kernel(tmp_path):
         "spills": 1,
         "vmem_bytes": 0x3000,
         "units": 4,
+        "around": 0,
     }
+
+
+def test_sums_of_partial_results_cost_and_the_rest_of_xla_is_recorded_beside(tmp_path):
+    write_dump(tmp_path)
+    xla = LISTING.replace("entry bundle: %mine.1 =", "entry bundle of a fusion: %x =")
+    (tmp_path / "18-reduce.1-72-final_bundles.txt").write_text(xla)
+    (tmp_path / "19-multiply_reduce_fusion-72-final_bundles.txt").write_text(xla)
+    (tmp_path / "20-copy.3-72-final_bundles.txt").write_text(xla.replace(", 20 /*", ", %s1_s0 /*"))
+    figures = tpu_schedule.read_dump(tmp_path)
+    assert figures["cost"] == 2 * 112
+    assert figures["around"] == 112
 
 
 def test_a_dump_without_a_kernel_is_refused(tmp_path):
@@ -112,6 +124,7 @@ def test_floor_of_the_standard_work():
     macs = tpu_schedule.Work().macs()
     assert macs / (4 * tpu_schedule.MXU_WIDTH["v5e"] ** 2) == 524_288
     assert macs / (2 * tpu_schedule.MXU_WIDTH["v6e"] ** 2) == 262_144
+    assert tpu_schedule.Work(direction="bwd").macs() == 2.5 * macs
 
 
 def test_reason_names_the_error():
@@ -133,7 +146,7 @@ def test_main_records_what_compiled_and_fails_on_what_did_not(tmp_path, monkeypa
 
     monkeypatch.setattr(tpu_schedule, "measure", measure)
     results = tmp_path / tpu_schedule.RESULTS.name
-    flags = ["--chip", "v5e", "--kernel", "flash", "--results", str(results)]
+    flags = ["--chip", "v5e", "--direction", "fwd", "--kernel", "flash", "--results", str(results)]
     status = tpu_schedule.main([*flags, *(["--search"] if search else [])])
     assert status == (0 if search else 1)
     assert "out of VMEM" in capsys.readouterr().out
