@@ -126,7 +126,6 @@ class _Plan(NamedTuple):
     names: tuple[str, ...]  # of the kernel's inputs
     step: int  # rows of a block of the ring: keys for dq, queries for dk and dv
     group: int  # query heads a key head
-    hides: bool  # whether any entry is hidden
     length: int | None  # keys before padding; None without padding
     stages: int  # blocks of the ring
 
@@ -142,7 +141,8 @@ def _plan(config: Config, operands: Operands, inputs: dict[str, jax.Array], want
     # What masks and the cap need beside the accumulators leaves the registers of a thread no room for wide tiles.
     heavy = config.soft_cap is not None or any(name.startswith("kv_") for name in inputs)
     narrow = max(widths) > _WIDE or (heavy and "dq" not in wanted and sum(widths) > 192)
-    step = 32 if narrow else 64
+    small = wanted == ("dq",) and sum(widths) <= 2 * _WIDE and not heavy
+    step = 32 if narrow else 128 if small else 64
     kept = _BLOCK * (sum(widths) + len(wanted) * step) * 2
     return _Plan(
         config,
@@ -150,7 +150,6 @@ def _plan(config: Config, operands: Operands, inputs: dict[str, jax.Array], want
         (*inputs, "order", "counts"),
         step,
         operands.q.shape[2] // operands.k.shape[2],
-        masks.masked(config, operands) or S % _BLOCK != 0,
         S if S % _BLOCK else None,
         min(4, (_SHARED - kept) // (step * (2 * sum(widths) + 8))),
     )
@@ -202,7 +201,8 @@ def _scratch(plan: _Plan, inputs: dict[str, jax.Array]) -> dict[str, Any]:
     by_query = plan.wanted == ("dq",)
     lines = plgpu.SMEM(own if by_query else moving, jnp.float32)
     # Both operands of a product must be swizzled alike, and the narrowest has `step` columns.
-    tile = (plgpu.TilingTransform((8, plan.step)), plgpu.SwizzleTransform(2 * plan.step))
+    columns = min(plan.step, 64)
+    tile = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
     scratch = {
         "own_qk": plgpu.SMEM((*own, D), dtype, transforms=tile),
         "own_ov": plgpu.SMEM((*own, v_dim), dtype, transforms=tile),
@@ -303,7 +303,7 @@ def _dq_compute(
             plgpu.commit_smem()
             plgpu.wgmma(dq, ds_smem.at[own], k)
 
-        _steps(plan, at.whole, at.partial, step)
+        _steps(at.whole, at.partial, step)
         return dq[...]
 
     dq = pl.run_scoped(accumulate, plgpu.ACC(q.shape, jnp.float32))
@@ -419,7 +419,7 @@ def _dkv_compute(
             if "dk" in total:
                 plgpu.wgmma(total["dk"], ds_smem.at[own], q)
 
-        _steps(plan, at.whole * plan.group, at.partial * plan.group, step)
+        _steps(at.whole * plan.group, at.partial * plan.group, step)
         return tuple(acc[...] for acc in sums)
 
     widths = {"dk": k.shape, "dv": v.shape}
@@ -488,11 +488,14 @@ def _produce(plan: _Plan, count: Any, send: Any, consumed: Any) -> None:
     lax.fori_loop(jnp.int32(0), count, step, None)
 
 
-def _steps(plan: _Plan, whole: Any, partial_: Any, step: Any) -> None:
-    """All steps in order, those without hidden entries in a loop of their own."""
+def _steps(whole: Any, partial_: Any, step: Any) -> None:
+    """All steps in order, those without hidden entries in a loop of their own.
+
+    The second loop is there even if nothing is ever hidden: the assembler ends each trip of the last loop with a wait
+    for all products, and this keeps that wait out of the loop that does the work.
+    """
     lax.fori_loop(jnp.int32(0), whole, partial(step, masked=False), None)
-    if plan.hides:
-        lax.fori_loop(whole, whole + partial_, partial(step, masked=True), None)
+    lax.fori_loop(whole, whole + partial_, partial(step, masked=True), None)
 
 
 def _release(plan: _Plan, n: Any, consumed: Any) -> None:
@@ -521,8 +524,8 @@ def _weights(plan: _Plan, s: jax.Array, lse: jax.Array, seen: Any) -> tuple[jax.
     return p, p * (1.0 - t * t)
 
 
-def _seen(plan: _Plan, inputs: dict[str, Any], at: _Place, q_axis: int, q_start: Any, kv_start: Any) -> jax.Array:
-    """What of a tile is seen; queries run along `q_axis` of it, keys along the other axis."""
+def _seen(plan: _Plan, inputs: dict[str, Any], at: _Place, q_axis: int, q_start: Any, kv_start: Any) -> Any:
+    """What of a tile is seen, None if all; queries run along `q_axis` of it, keys along the other axis."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     def places(axis: int, start: Any) -> jax.Array:

@@ -159,6 +159,7 @@ COMPILED = {
     "full": {},
     "causal": {"causal": True},
     "causal, odd lengths": {"causal": True, "T": 4001, "S": 3999},
+    "window, odd lengths": {"window": (500, 9), "T": 4001, "S": 3999, "K": 8},
     "causal, segments": {"causal": True, "segmented": True},
     "soft cap": {"soft_cap": 30.0},
     "every flag": {
@@ -195,8 +196,10 @@ def test_compiles_without_spills(case):
     for kernel in gpu_compiler.compile_function(*specs(**COMPILED[case])):
         assert kernel.spill_bytes == 0, kernel.name
         assert kernel.shared_bytes <= gpu_compiler.SHARED_MEMORY, kernel.name
-        # The matrix products of a trip: scores, do v^T, and each gradient's own.
-        assert all(loop.tensor() > 0 for loop in gpu_compiler.tensor_loops(kernel.sass))
+        whole, masked = gpu_compiler.tensor_loops(kernel.sass)
+        assert whole.tensor() == masked.tensor()
+        # A trip waits for all products once: those of the step before are still at work when it starts.
+        assert sum("DEPBAR" in step.name and "0x0" in step.operands for step in whole.trip) == 1, kernel.name
 
 
 @pytest.mark.gpu
