@@ -189,9 +189,9 @@ def _referees(judged: list[dict[str, Any]]) -> str:
     ]
     text = (
         "## Referees\n\nJudged by `python -m tests.referees`: attention on the CPU, held to JAX's splash references "
-        "and put in the place of tokamax's own in its test classes. What fails by both fails with tokamax's own operation "
-        "on the same machine; what is not applicable is about something that ours does not offer, by name in "
-        "`benchmarks/results/referees.json`.\n"
+        "and put in the place of tokamax's own in its test classes. What fails by both fails with tokamax's own "
+        "operation on the same machine; what is not applicable is about something that ours does not offer, by name "
+        "in `benchmarks/results/referees.json`.\n"
     )
     return text + "\n" + table(head, body)
 
