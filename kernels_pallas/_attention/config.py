@@ -89,26 +89,39 @@ class Operands(NamedTuple):
 _TPU_TABLE = Path(__file__).with_name("tpu_blocks.json")
 
 
-def tpu_blocks(config: Config, operands: Operands, *, backward: bool = False) -> BlockSizes:
+def tpu_blocks(
+    config: Config, operands: Operands, *, backward: bool = False, generation: str | None = None
+) -> BlockSizes:
     """Blocks of a TPU kernel, no longer than the lengths padded to whole lanes.
 
-    Those of the generation that the program is compiled for, as far as JAX tells it: the default device, or the device
-    of the abstract mesh. Where it tells none, as beside a topology without a chip, those that do well on all.
+    Those of the generation given, or of the one that the program is compiled for, as far as JAX tells it: the default
+    device, or the device of the abstract mesh. Where it tells none, as beside a topology without a chip, those that do
+    well on all.
     """
     T, S = operands.q.shape[1], operands.k.shape[1]
     blocks = config.blocks
     if blocks is None:
-        width = max(operands.q.shape[3], operands.v.shape[3]) * operands.q.dtype.itemsize
-        skips = config.causal or config.window is not None or operands.q_segments is not None
-        short = skips or operands.bias is not None or operands.mask is not None or config.dropout
-        cases = _tpu_table()["backward" if backward else "forward"]
-        row = cases["wide" if width > 256 else "hiding" if short else "full"]
-        sizes = row.get(_tpu_generation(), row["default"])
+        row = _tpu_table()["backward" if backward else "forward"][tpu_case(config, operands)]
+        sizes = row.get(generation or _tpu_generation(), row["default"])
         # Wider heads than those of the table take blocks of half the length.
-        blocks = BlockSizes(*(max(_LANES, size // 2) if width > 1024 else size for size in sizes))
+        blocks = BlockSizes(*(max(_LANES, size // 2) if _width(operands) > 1024 else size for size in sizes))
     up = lambda n, m: -(-n // m) * m  # noqa: E731
     compute = min(blocks.compute, up(S, _LANES))
     return BlockSizes(min(blocks.q, up(T, _LANES)), min(blocks.kv // compute * compute, up(S, compute)), compute)
+
+
+def tpu_case(config: Config, operands: Operands) -> str:
+    """Which line of the table of blocks serves a call: by what a block needs, and whether blocks are skipped."""
+    if _width(operands) > 256:
+        return "wide"
+    skips = config.causal or config.window is not None or operands.q_segments is not None
+    takes = operands.bias is not None or operands.mask is not None or config.dropout
+    return "hiding" if skips or takes else "full"
+
+
+def _width(operands: Operands) -> int:
+    """Bytes of a row of q, k or v."""
+    return max(operands.q.shape[3], operands.v.shape[3]) * operands.q.dtype.itemsize
 
 
 @lru_cache(maxsize=1)
