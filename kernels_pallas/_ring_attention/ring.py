@@ -70,7 +70,7 @@ def _differentiable(ring: Ring, operands: Operands, shard: jax.Array) -> tuple[j
 
 
 def _differentiable_fwd(ring: Ring, operands: Operands, shard: jax.Array) -> tuple:
-    o, lse = _forward_ring(ring, operands, shard)
+    o, lse = _differentiable(ring, operands, shard)  # pyright: ignore[reportGeneralTypeIssues]
     o, lse = checkpoint_name(o, "attention_output"), checkpoint_name(lse, "attention_lse")
     return (o, lse), (operands, shard, o, lse)
 
@@ -92,7 +92,7 @@ def _backward(
 
 def _backward_fwd(ring: Ring, *inputs: Any) -> tuple:
     operands, shard, _, lse, *cotangents = inputs
-    return _backward_ring(ring, *inputs), (operands, shard, lse, cotangents)
+    return _backward(ring, *inputs), (operands, shard, lse, cotangents)
 
 
 def _backward_bwd(ring: Ring, saved: tuple, cotangents: tuple) -> tuple:
@@ -121,12 +121,13 @@ _backward.defvjp(_backward_fwd, _backward_bwd)
 
 def _forward_ring(ring: Ring, operands: Operands, shard: jax.Array, *, dense: bool = False) -> tuple:
     dense = dense or ring.implementation == "reference"
-    state = None
-    for local, _ in _steps(ring, operands, shard):
+    state: Any = None
+    for local, arriving in _steps(ring, operands, shard):
         part = forward_reference(ring.config, local) if dense else forward_call(ring.implementation, ring.config, local)
         o, lse = part[0].astype(part[1].dtype), part[1]
         state = (o, lse) if state is None else _merge(*state, o, lse)
-    o, lse = state or ()
+        state = arriving.wait_for(state)
+    o, lse = state
     return o.astype(operands.q.dtype), lse
 
 
@@ -135,27 +136,43 @@ def _backward_ring(
 ) -> tuple:
     """Cotangents of this device's q, k, v. Those of k and v follow their shard around, and then come home."""
     acc = accumulator(operands.q.dtype)
+    # In a program that holds both rings, XLA would otherwise find the sends of k and v equal and keep what every one of
+    # them brought until the backward ring, which is what this ring is there to avoid.
+    k, v, o_cotangent = jax.lax.optimization_barrier((operands.k, operands.v, o_cotangent))
     totals: list[Any] = []
-    for local, hop in _steps(ring, operands, shard):
+    for local, arriving in _steps(ring, operands._replace(k=k, v=v), shard):
         inputs = (local, o, lse, o_cotangent, lse_cotangent)
         check_backward(ring.implementation, ring.config, inputs, "ring_attention")
         shares = [x.astype(acc) for x in backward_call(ring.implementation, ring.config, inputs)]
-        # What arrives is needed for the sum only: it travels while the shares are at work.
-        totals = [totals[0], *_send(ring, totals[1:], hop)] if totals else [jnp.zeros((), acc)] * 3
-        totals = [total + share for total, share in zip(totals, shares, strict=True)]
-    totals[1:] = _send(ring, totals[1:], -ring.offsets[-1])
+        totals = [total + share for total, share in zip(totals, shares, strict=True)] if totals else shares
+        totals = arriving.wait_for(totals)
+        # What has been summed is needed again at the end of the next step only: it travels meanwhile.
+        totals[1:] = _send(ring, totals[1:], arriving.hop)
     return tuple(x.astype(operands.q.dtype) for x in totals)
 
 
-def _steps(ring: Ring, operands: Operands, shard: jax.Array) -> Iterator[tuple[Operands, int]]:
-    """For every step the operands of this device, and how far the keys came for it."""
+class _Arriving:
+    """The keys and values of the next step, on their way."""
+
+    def __init__(self, ring: Ring, arrays: list[Any], hop: int) -> None:
+        self.hop = hop
+        self.arrays = _send(ring, arrays, hop)
+
+    def wait_for(self, results: Any) -> Any:
+        """The results unchanged; nothing is sent on before they are there: two shards are all that a device holds."""
+        results, self.arrays = jax.lax.optimization_barrier((results, self.arrays))
+        return results
+
+
+def _steps(ring: Ring, operands: Operands, shard: jax.Array) -> Iterator[tuple[Operands, _Arriving]]:
+    """For every step the operands of this device, and the keys and values that follow; after the last, none do."""
     moving = [operands.k, operands.v, operands.kv_segments]
-    at = 0
-    for offset in ring.offsets:
-        hop, at = offset - at, offset
-        moving = _send(ring, moving, hop)
+    for offset, following in zip(ring.offsets, (*ring.offsets[1:], ring.shards), strict=True):
+        last = following == ring.shards
+        arriving = _Arriving(ring, [] if last else moving, following - offset)
         local = operands._replace(k=moving[0], v=moving[1], kv_segments=moving[2])
-        yield _placed(ring, local, shard, offset), hop
+        yield _placed(ring, local, shard, offset), arriving
+        moving = arriving.arrays
 
 
 def _placed(ring: Ring, operands: Operands, shard: jax.Array, offset: int) -> Operands:
