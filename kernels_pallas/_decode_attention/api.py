@@ -14,7 +14,7 @@ from kernels_pallas import cache as caches
 from kernels_pallas import checks, dispatch
 from kernels_pallas._decode_attention import reference, xla
 from kernels_pallas._decode_attention.config import Config, Operands, accumulator
-from kernels_pallas._decode_attention.tiles import not_on_tpu
+from kernels_pallas._decode_attention.tiles import not_on_gpu, not_on_tpu
 
 _NAME = "decode_attention"
 _IMPLEMENTATIONS = (None, "reference", "xla", "tpu", "gpu")
@@ -55,9 +55,9 @@ def decode_attention(
       sinks: a score a head that attends to nothing [Hq], floating point: it takes a share of the weight.
       scale: of q . k; default D ** -0.5. A traced scale is multiplied into q instead.
       return_lse: also return the log-sum-exp; it is differentiable, which merges of partial results need.
-      implementation: None chooses by the platform the program is lowered for, "tpu" (Pallas Mosaic), "xla" (runs
-        everywhere) or "reference" (dense, the specification). A named one that cannot do a call raises; None always
-        works.
+      implementation: None chooses by the platform the program is lowered for, "tpu" (Pallas Mosaic), "gpu" (Pallas
+        Mosaic GPU, for Hopper: 16-bit caches, widths that are multiples of 64), "xla" (runs everywhere) or "reference"
+        (dense, the specification). A named one that cannot do a call raises; None always works.
       num_splits: parts that the cache of a row is cut into, which an accelerator works on side by side; default by
         implementation. Only speed depends on it.
 
@@ -209,16 +209,20 @@ def _check_implementation(implementation: str | None, config: Config, operands: 
             f"{_NAME}: explicitly sharded arrays are served by implementation='reference' only. "
             "Call it inside jax.shard_map over batch and heads, or use a mesh of automatic axes."
         )
-    reason = None
-    if implementation == "gpu":
-        reason = "there is no Mosaic GPU kernel of it yet"
-    elif implementation == "tpu":
-        reason = not_on_tpu(config, operands)
+    reason = _UNSUPPORTED[implementation](config, operands) if implementation in _UNSUPPORTED else None
     if reason:
         raise NotImplementedError(
             f"{_NAME}: implementation {implementation!r} cannot do this call: {reason}. "
             "Use implementation=None, which falls back to 'xla'."
         )
+
+
+def _not_on_gpu(config: Config, operands: Operands) -> str | None:
+    """Why the GPU kernel cannot do a call, or None."""
+    return dispatch.not_hopper() or not_on_gpu(config, operands)
+
+
+_UNSUPPORTED = {"tpu": not_on_tpu, "gpu": _not_on_gpu}
 
 
 def _explicitly_sharded(x: jax.Array) -> bool:
@@ -285,11 +289,17 @@ def _tpu_forward(config: Config, operands: Operands) -> tuple[jax.Array, jax.Arr
     return tpu.forward(config, operands)
 
 
+def _gpu_forward(config: Config, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    from kernels_pallas._decode_attention import gpu
+
+    return gpu.forward(config, operands)
+
+
 _forward = dispatch.primitive(
     _NAME,
     shapes=_shapes,
     xla={"default": partial(xla.forward, sequential=False), "cpu": partial(xla.forward, sequential=True)},
-    accelerated={"tpu": _tpu_forward},
-    unsupported={"tpu": not_on_tpu},
+    accelerated={"tpu": _tpu_forward, "gpu": _gpu_forward},
+    unsupported=_UNSUPPORTED,
     shareable=_shareable,
 )

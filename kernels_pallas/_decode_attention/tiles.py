@@ -1,4 +1,4 @@
-"""How much of a cache the TPU kernel holds at once, and which calls it cannot do."""
+"""How much of a cache the kernels hold at once, and which calls they cannot do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from kernels_pallas._decode_attention.config import Config, Operands
+from kernels_pallas._decode_attention.config import Config, Operands, capacity
 
 LANES = 128
 # Rows of keys (times heads) a step, about: long enough that the transfer hides what a step costs.
@@ -19,6 +19,15 @@ _MOST_PAGES = 8
 _VMEM = 10 * 2**20
 # Entries of the block table that a TPU core can hold in scalar memory.
 _TABLE_ENTRIES = 2**16
+
+# Rows of queries of a GPU's product, and keys a block.
+GPU_ROWS = 64
+GPU_KEYS = 64
+# Parts in all that keep an H100 busy, and keys below which a part is not worth its merge.
+_GPU_PARTS = 132
+_GPU_LEAST_KEYS = 256
+# Bytes of shared memory that tiles may fill; barriers need the rest of a block's 227 KiB.
+_GPU_TILE_BYTES = 224 * 1024
 
 
 class Tiles(NamedTuple):
@@ -73,4 +82,42 @@ def not_on_tpu(config: Config, operands: Operands) -> str | None:
     held = 2 * tiles.rows * (k.shape[-1] + v.shape[-1]) * k.dtype.itemsize
     if held > _VMEM:
         return f"a step would hold {held} bytes of keys and values, more than {_VMEM}; use fewer heads or smaller pages"
+    return None
+
+
+def gpu_splits(operands: Operands) -> int:
+    """Parts of a row's cache: as many as give every multiprocessor one."""
+    B, T, H = operands.q.shape[:3]
+    k_heads = operands.k.shape[-2]
+    parts = B * k_heads * -(-(H // k_heads) * T // GPU_ROWS)
+    return max(1, min(-(-_GPU_PARTS // parts), capacity(operands) // _GPU_LEAST_KEYS))
+
+
+def gpu_stages(operands: Operands) -> int:
+    """Blocks in flight, a power of two; 0 when not even two fit."""
+    D, v_dim = operands.k.shape[-1], operands.v.shape[-1]
+    own = GPU_ROWS * (2 * D + 2 * GPU_KEYS)
+    for stages in (4, 2):
+        if own + stages * 2 * GPU_KEYS * (D + v_dim) <= _GPU_TILE_BYTES:
+            return stages
+    return 0
+
+
+def not_on_gpu(config: Config, operands: Operands) -> str | None:
+    """Why the GPU kernel cannot do a call, or None."""
+    q, k, v, table = operands.q, operands.k, operands.v, operands.table
+    if q.dtype not in (jnp.float16, jnp.bfloat16):
+        return f"its tensor cores take float16 and bfloat16, not {q.dtype.name}"
+    if k.dtype != q.dtype or operands.k_scale is not None or operands.v_scale is not None:
+        return "it takes no scales, and so no int8"
+    if not all(isinstance(size, int) for x in (q, k, v) for size in x.shape):
+        return "its blocks need sizes that are known, not symbolic ones"
+    if k.shape[-1] % 64 or v.shape[-1] % 64:
+        return f"head dimensions must be multiples of 64, not {k.shape[-1]} and {v.shape[-1]}"
+    if v.shape[-1] > 256 or not gpu_stages(operands):
+        return "its registers and shared memory hold heads of at most 256 entries"
+    if table is None and k.shape[1] % 8:
+        return f"the capacity must be a multiple of 8, not {k.shape[1]}"
+    if table is not None and (k.shape[2] % 8 or (GPU_KEYS % k.shape[2] and k.shape[2] % GPU_KEYS)):
+        return f"pages must hold 8, 16, 32 or a multiple of {GPU_KEYS} tokens, not {k.shape[2]}"
     return None
