@@ -179,14 +179,14 @@ def _explicitly_sharded(x: jax.Array) -> bool:
     return sharding is not None and any(axis is not None for axis in sharding.spec)
 
 
-def _not_on_tpu(config: Config, operands: Operands) -> str | None:
+def _not_on_tpu(config: Config, operands: Operands, *, backward: bool = False) -> str | None:
     """Why the TPU kernel cannot do a call, or None."""
     q, k = operands.q, operands.k
     if q.dtype in (jnp.float64, jnp.float16):
         return f"TPUs have no {q.dtype.name}; cast to float32 or bfloat16"
     if not all(isinstance(size, int) for size in (*q.shape, *k.shape)):
         return "its blocks need sizes that are known, not symbolic ones"
-    blocks = tpu_blocks(config, operands)
+    blocks = tpu_blocks(config, operands, backward=backward)
     of_batch = [x for x in (operands.q_segments, operands.q_positions, operands.kv_positions) if x is not None]
     maps = max((x.shape[0] for x in of_batch), default=1)
     if maps * -(-q.shape[1] // blocks.q) * -(-k.shape[1] // blocks.kv) > _TPU_MAP_ENTRIES:
@@ -203,7 +203,7 @@ def _not_on_gpu(config: Config, operands: Operands) -> str | None:
 
 def _not_backward_on_tpu(config: Config, saved: tuple) -> str | None:
     """Why the TPU's backward kernels cannot do a call, or None."""
-    return _not_on_tpu(config, saved[0])
+    return _not_on_tpu(config, saved[0], backward=True)
 
 
 def _not_backward_on_gpu(config: Config, saved: tuple) -> str | None:
