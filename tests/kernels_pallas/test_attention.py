@@ -350,7 +350,7 @@ BAD = [
     ({"q_offset": 3, "q_positions": jnp.arange(130)}, ValueError, r"attention: `q_offset` must be 0 beside `q_pos"),
     ({"q_offset": jnp.zeros(3, int)}, ValueError, r"attention: `q_offset` must have shape \(2,\); got \(3,\). One off"),
     ({"q_offset": 1.5}, TypeError, r"attention: `q_offset` must have an integer dtype; got float32. Positions are"),
-    ({"implementation": "gpu"}, NotImplementedError, r"attention: implementation 'gpu' cannot do this call: its tensor"),
+    ({"implementation": "gpu"}, NotImplementedError, r"attention: implementation 'gpu' cannot do this call: its te"),
 ]  # fmt: skip
 
 
