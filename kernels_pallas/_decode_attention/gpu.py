@@ -94,7 +94,7 @@ def _parts(config: Config, operands: Operands, interpret: Any) -> tuple[jax.Arra
             jax.ShapeDtypeStruct((B, splits, k_heads, rows * GPU_ROWS, v_dim), jnp.float32),
             jax.ShapeDtypeStruct((B, splits, k_heads, rows * GPU_ROWS), jnp.float32),
         ),
-        scratch_types=_scratch(plan, D, v_dim, q.dtype),
+        scratch_types=_memory(plan, D, v_dim, q.dtype),
         grid=(splits * rows, k_heads, B),
         grid_names=("part", "head", "batch"),
         num_threads=2,
@@ -107,24 +107,40 @@ def _parts(config: Config, operands: Operands, interpret: Any) -> tuple[jax.Arra
     return o, lse[:, :, :, : group * T].reshape(B, splits, H, T)
 
 
-def _scratch(plan: _Plan, D: int, v_dim: int, dtype: Any) -> dict[str, Any]:
+class _Memory(NamedTuple):
+    """Shared memory of a thread block, and the barriers that say what is in it."""
+
+    q: Any
+    k: Any  # a ring of blocks
+    v: Any
+    p: Any
+    q_ready: Any
+    k_ready: Any
+    v_ready: Any
+    k_free: Any
+    v_free: Any
+
+
+def _memory(plan: _Plan, D: int, v_dim: int, dtype: Any) -> _Memory:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     def tile(*shape: int) -> Any:
         return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
-    arrived = {"num_arrivals": GPU_KEYS // plan.piece, "num_barriers": plan.stages}
-    return {
-        "q_tile": tile(GPU_ROWS, D),
-        "k_tiles": tile(plan.stages, GPU_KEYS, D),
-        "v_tiles": tile(plan.stages, GPU_KEYS, v_dim),
-        "p_tile": tile(GPU_ROWS, GPU_KEYS),
-        "q_ready": plgpu.Barrier(),
-        "k_ready": plgpu.Barrier(**arrived),
-        "v_ready": plgpu.Barrier(**arrived),
-        "k_free": plgpu.Barrier(num_barriers=plan.stages),
-        "v_free": plgpu.Barrier(num_barriers=plan.stages),
-    }
+    def ready() -> Any:
+        return plgpu.Barrier(num_arrivals=GPU_KEYS // plan.piece, num_barriers=plan.stages)
+
+    return _Memory(
+        tile(GPU_ROWS, D),
+        tile(plan.stages, GPU_KEYS, D),
+        tile(plan.stages, GPU_KEYS, v_dim),
+        tile(GPU_ROWS, GPU_KEYS),
+        plgpu.Barrier(),
+        ready(),
+        ready(),
+        plgpu.Barrier(num_barriers=plan.stages),
+        plgpu.Barrier(num_barriers=plan.stages),
+    )
 
 
 class _Place(NamedTuple):
@@ -151,24 +167,25 @@ def _place(plan: _Plan, spans: Any) -> _Place:
     return _Place(batch, head, part, rows, first + part * share, blocks, low, stop, length)
 
 
-def _kernel(plan: _Plan, names: tuple[str, ...], strides: tuple[int, int], *refs: Any, **scratch: Any) -> None:
+def _kernel(plan: _Plan, names: tuple[str, ...], strides: tuple[int, int], *refs: Any) -> None:
     inputs = dict(zip(names, refs, strict=False))
-    o_ref, lse_ref = refs[len(names) :]
+    o_ref, lse_ref, *memory = refs[len(names) :]
+    memory = _Memory(*memory)
     at = _place(plan, inputs["spans"])
     warpgroup = lax.axis_index("warpgroup")
-    pl.when(warpgroup == 0)(lambda: _compute(plan, inputs, at, o_ref, lse_ref, **scratch))
-    pl.when(warpgroup == 1)(lambda: _produce(plan, inputs, strides, at, **scratch))
+    pl.when(warpgroup == 0)(lambda: _compute(plan, inputs, at, o_ref, lse_ref, memory))
+    pl.when(warpgroup == 1)(lambda: _produce(plan, inputs, strides, at, memory))
 
 
-def _produce(plan: _Plan, inputs: dict[str, Any], strides: tuple[int, int], at: _Place, **scratch: Any) -> None:
+def _produce(plan: _Plan, inputs: dict[str, Any], strides: tuple[int, int], at: _Place, memory: _Memory) -> None:
     """Send the blocks of keys and values, each as soon as the ring has room."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     def step(n: Any, _: None) -> None:
         slot = _slot(plan, n)
-        for name, stride in zip(("k", "v"), strides, strict=True):
-            pl.when(n >= plan.stages)(lambda name=name: plgpu.barrier_wait(scratch[f"{name}_free"].at[slot]))
-            ready = scratch[f"{name}_ready"].at[slot]
+        rings = (memory.k, memory.k_ready, memory.k_free), (memory.v, memory.v_ready, memory.v_free)
+        for name, stride, (ring, ready, free) in zip("kv", strides, rings, strict=True):
+            pl.when(n >= plan.stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
             for i in range(GPU_KEYS // plan.piece):
                 key = (at.start + n) * GPU_KEYS + i * plan.piece
                 if plan.paged:
@@ -177,8 +194,8 @@ def _produce(plan: _Plan, inputs: dict[str, Any], strides: tuple[int, int], at: 
                 else:
                     lead, place = 0, key
                 source = inputs[name].at[lead + at.batch * stride, pl.ds(place, plan.piece), at.head]
-                tile = scratch[f"{name}_tiles"].at[slot, pl.ds(i * plan.piece, plan.piece)]
-                plgpu.copy_gmem_to_smem(source, tile, ready)
+                tile = ring.at[slot, pl.ds(i * plan.piece, plan.piece)]
+                plgpu.copy_gmem_to_smem(source, tile, ready.at[slot])
 
     lax.fori_loop(jnp.int32(0), at.blocks, step, None)
 
@@ -187,31 +204,15 @@ def _slot(plan: _Plan, n: Any) -> Any:
     return lax.bitwise_and(n, jnp.int32(plan.stages - 1))
 
 
-def _compute(
-    plan: _Plan,
-    inputs: dict[str, Any],
-    at: _Place,
-    o_ref: Any,
-    lse_ref: Any,
-    *,
-    q_tile: Any,
-    k_tiles: Any,
-    v_tiles: Any,
-    p_tile: Any,
-    q_ready: Any,
-    k_ready: Any,
-    v_ready: Any,
-    k_free: Any,
-    v_free: Any,
-) -> None:
+def _compute(plan: _Plan, inputs: dict[str, Any], at: _Place, o_ref: Any, lse_ref: Any, memory: _Memory) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     wgmma_rows = plgpu.Layout.WGMMA.reduce(1)
-    plgpu.copy_gmem_to_smem(inputs["q"].at[at.batch, at.head, at.rows], q_tile, q_ready)
+    plgpu.copy_gmem_to_smem(inputs["q"].at[at.batch, at.head, at.rows], memory.q, memory.q_ready)
     own_place = at.length - plan.T
     if plan.T > 1:
         own_place += compat.gpu_load(inputs["turns"].at[at.rows], layout=wgmma_rows, optimized=False)
-    plgpu.barrier_wait(q_ready)
+    plgpu.barrier_wait(memory.q_ready)
 
     def product(a: Any, b: Any, columns: int) -> jax.Array:
         def run(accumulator: Any) -> jax.Array:
@@ -223,9 +224,9 @@ def _compute(
     def step(n: Any, state: tuple) -> tuple:
         acc, m, l = state
         slot, start = _slot(plan, n), (at.start + n) * GPU_KEYS
-        plgpu.barrier_wait(k_ready.at[slot])
-        s = product(q_tile, k_tiles.at[slot].transpose((1, 0)), GPU_KEYS)
-        plgpu.barrier_arrive(k_free.at[slot])
+        plgpu.barrier_wait(memory.k_ready.at[slot])
+        s = product(memory.q, memory.k.at[slot].transpose((1, 0)), GPU_KEYS)
+        plgpu.barrier_arrive(memory.k_free.at[slot])
         s, factor = _capped(plan.config, s)
         place = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA) + start
         own = own_place if plan.T == 1 else _across(own_place, s.shape)
@@ -235,28 +236,28 @@ def _compute(
         p = jnp.exp2(s * factor - _across(top, s.shape))
         shrink = jnp.exp2(m - top)
         l = l * shrink + jnp.sum(p, axis=1)
-        p_tile[...] = p.astype(p_tile.dtype)
-        plgpu.barrier_wait(v_ready.at[slot])
+        memory.p[...] = p.astype(memory.p.dtype)
+        plgpu.barrier_wait(memory.v_ready.at[slot])
 
         @pl.when((start < at.low) | (start + GPU_KEYS > at.stop))
         def _() -> None:
             # What no query sees may be NaN, and 0 NaN is NaN.
-            for first in range(0, v_tiles.shape[2], 64):
-                part = v_tiles.at[slot, :, pl.ds(first, 64)]
+            for first in range(0, memory.v.shape[2], 64):
+                part = memory.v.at[slot, :, pl.ds(first, 64)]
                 v = compat.gpu_load(part, layout=plgpu.Layout.WGMMA)
                 key = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=plgpu.Layout.WGMMA) + start
                 part[...] = jnp.where((key >= at.low) & (key < at.stop), v, jnp.zeros_like(v))
 
         plgpu.commit_smem()
         acc = [
-            x * _across(shrink, x.shape) + product(p_tile, v_tiles.at[slot, :, columns], x.shape[1])
+            x * _across(shrink, x.shape) + product(memory.p, memory.v.at[slot, :, columns], x.shape[1])
             for x, columns in zip(acc, pieces, strict=True)
         ]
-        plgpu.barrier_arrive(v_free.at[slot])
+        plgpu.barrier_arrive(memory.v_free.at[slot])
         return acc, top, l
 
     # A product of all columns beside their sum would leave no registers.
-    v_dim = v_tiles.shape[2]
+    v_dim = memory.v.shape[2]
     pieces = [pl.ds(first, min(_COLUMNS, v_dim - first)) for first in range(0, v_dim, _COLUMNS)]
     zeros = [plgpu.layout_cast(jnp.zeros((GPU_ROWS, piece.size), jnp.float32), plgpu.Layout.WGMMA) for piece in pieces]
     line = lambda x: plgpu.layout_cast(jnp.full((GPU_ROWS,), x, jnp.float32), wgmma_rows)  # noqa: E731

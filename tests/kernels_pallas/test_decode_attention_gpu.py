@@ -31,15 +31,11 @@ def call(lengths, dtype="bfloat16", *, S=200, T=1, H=4, K=2, D=64, V=64, page=No
     if page:
         N = S // page
         table = rng.permutation(B * N + 2)[: B * N].reshape(B, N)
-        scatter = (
-            lambda x: (
-                jnp.full((B * N + 2, page, *x.shape[2:]), jnp.nan, dtype)
-                .at[table]
-                .set(  # noqa: E731
-                    x.reshape(B, N, page, *x.shape[2:])
-                )
-            )
-        )
+
+        def scatter(x):
+            pages = jnp.full((B * N + 2, page, *x.shape[2:]), jnp.nan, dtype)
+            return pages.at[table].set(x.reshape(B, N, page, *x.shape[2:]))
+
         table = np.where(np.arange(N) * page < np.asarray(lengths)[:, None], table, 9999)
         cache = PagedKVCache(scatter(k), scatter(v), jnp.asarray(table, jnp.int32), length)
     config, operands, _ = api.prepare(q, cache, **flags)
@@ -171,9 +167,7 @@ def test_a_long_row_is_split_over_the_multiprocessors():
 )
 def test_refuses_in_one_sentence_and_falls_back(change, reason):
     function, arguments = specs(**change)
-    with pytest.raises(
-        NotImplementedError, match=f"decode_attention: implementation 'gpu' cannot .*: {reason}"
-    ):
+    with pytest.raises(NotImplementedError, match=f"decode_attention: implementation 'gpu' cannot .*: {reason}"):
         jax.eval_shape(lambda *a: decode_attention(*a, implementation="gpu"), *arguments)
     assert gpu_compiler.kernel_modules(gpu_compiler.lower(function, arguments)) == []
 
