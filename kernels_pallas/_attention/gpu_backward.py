@@ -141,8 +141,9 @@ def _plan(config: Config, operands: Operands, inputs: dict[str, jax.Array], want
     # What masks and the cap need beside the accumulators leaves the registers of a thread no room for wide tiles.
     heavy = config.soft_cap is not None or any(name.startswith("kv_") for name in inputs)
     narrow = max(widths) > _WIDE or (heavy and "dq" not in wanted and sum(widths) > 192)
-    small = wanted == ("dq",) and sum(widths) <= 2 * _WIDE and not heavy
-    step = 32 if narrow else 128 if small else 64
+    roomy = wanted == ("dq",) and sum(widths) <= 2 * _WIDE and not heavy
+    step = 32 if narrow else 128 if roomy else 64
+    # The ring gets what the others leave, two blocks at least: each is given back a step late.
     kept = _BLOCK * (sum(widths) + len(wanted) * step) * 2
     return _Plan(
         config,
@@ -181,7 +182,7 @@ def _call(
     return plgpu.kernel(
         partial(_dq_kernel if by_query else _dkv_kernel, plan),
         out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in likes),
-        scratch_types=_scratch(plan, inputs),
+        scratch_types=(_scratch(plan, inputs),),
         grid=(heads, rows // _BLOCK, batch),
         grid_names=("head", "row", "batch"),
         num_threads=_WARPGROUPS + 1,
@@ -192,50 +193,70 @@ def _call(
     )(*inputs.values(), order, counts)
 
 
-def _scratch(plan: _Plan, inputs: dict[str, jax.Array]) -> dict[str, Any]:
-    """Shared memory: `own` is what a warpgroup keeps (q and do, or k and v), `moving` the ring of the others."""
+class _Scratch(NamedTuple):
+    """Shared memory of a thread block and its barriers.
+
+    `own` is what each warpgroup keeps (q and do, or k and v), `moving` the ring of the others. lse and delta belong to
+    the queries, and so to either.
+    """
+
+    own_qk: Any
+    own_ov: Any
+    moving_qk: Any
+    moving_ov: Any
+    lse: Any
+    delta: Any
+    p: Any  # weights on their way to a product, each warpgroup's own; None if no product takes them
+    ds: Any  # cotangents of the scores, likewise
+    ready: Any  # a warpgroup's own blocks have come
+    full: Any  # a block of the ring has come
+    consumed: Any  # and may be overwritten
+
+
+def _scratch(plan: _Plan, inputs: dict[str, jax.Array]) -> _Scratch:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     D, v_dim, dtype = inputs["q"].shape[3], inputs["v"].shape[3], inputs["q"].dtype
     own, moving = (_WARPGROUPS, _ROWS), (plan.stages, plan.step)
     by_query = plan.wanted == ("dq",)
-    lines = plgpu.SMEM(own if by_query else moving, jnp.float32)
     # Both operands of a product must be swizzled alike, and the narrowest has `step` columns.
     columns = min(plan.step, 64)
     tile = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
-    scratch = {
-        "own_qk": plgpu.SMEM((*own, D), dtype, transforms=tile),
-        "own_ov": plgpu.SMEM((*own, v_dim), dtype, transforms=tile),
-        "moving_qk": plgpu.SMEM((*moving, D), dtype, transforms=tile),
-        "moving_ov": plgpu.SMEM((*moving, v_dim), dtype, transforms=tile),
-        "lse_smem": lines,
-        "delta_smem": lines,
-        "ready": plgpu.Barrier(num_arrivals=4 if by_query else 2, num_barriers=_WARPGROUPS),
-        "full": plgpu.Barrier(num_arrivals=2 if by_query else 4, num_barriers=plan.stages),
-        "consumed": plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=plan.stages),
-    }
-    if "dv" in plan.wanted:
-        scratch["p_smem"] = plgpu.SMEM((*own, plan.step), dtype, transforms=tile)
-    if plan.wanted != ("dv",):
-        scratch["ds_smem"] = plgpu.SMEM((*own, plan.step), dtype, transforms=tile)
-    return scratch
+
+    def tiles(lead: tuple[int, int], width: int) -> Any:
+        return plgpu.SMEM((*lead, width), dtype, transforms=tile)
+
+    lines = plgpu.SMEM(own if by_query else moving, jnp.float32)
+    return _Scratch(
+        tiles(own, D),
+        tiles(own, v_dim),
+        tiles(moving, D),
+        tiles(moving, v_dim),
+        lines,
+        lines,
+        tiles(own, plan.step) if "dv" in plan.wanted else None,
+        tiles(own, plan.step) if plan.wanted != ("dv",) else None,
+        plgpu.Barrier(num_arrivals=4 if by_query else 2, num_barriers=_WARPGROUPS),
+        plgpu.Barrier(num_arrivals=2 if by_query else 4, num_barriers=plan.stages),
+        plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=plan.stages),
+    )
 
 
 # --- dq. --------------------------------------------------------------------------------------------------------------
 
 
-def _dq_kernel(plan: _Plan, *refs: Any, **scratch: Any) -> None:
+def _dq_kernel(plan: _Plan, *refs: Any) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     inputs = dict(zip(plan.names, refs, strict=False))
     at = _place(plan, inputs)
     warpgroup = lax.axis_index("warpgroup")
-    (dq,) = refs[len(plan.names) :]
+    dq, scratch = refs[len(plan.names) :]
 
     @pl.when(warpgroup < _WARPGROUPS)
     def _() -> None:
         plgpu.set_max_registers(240, action="increase")
-        _dq_compute(plan, inputs, at, warpgroup, dq, **scratch)
+        _dq_compute(plan, inputs, at, warpgroup, dq, scratch)
 
     @pl.when(warpgroup == _WARPGROUPS)
     def _() -> None:
@@ -247,68 +268,54 @@ def _dq_kernel(plan: _Plan, *refs: Any, **scratch: Any) -> None:
 
         def send(n: Any, slot: Any) -> None:
             start = at.block(n) * plan.step
-            plgpu.copy_gmem_to_smem(source("k", start), scratch["moving_qk"].at[slot], scratch["full"].at[slot])
-            plgpu.copy_gmem_to_smem(source("v", start), scratch["moving_ov"].at[slot], scratch["full"].at[slot])
+            plgpu.copy_gmem_to_smem(source("k", start), scratch.moving_qk.at[slot], scratch.full.at[slot])
+            plgpu.copy_gmem_to_smem(source("v", start), scratch.moving_ov.at[slot], scratch.full.at[slot])
 
-        _produce(plan, at.whole + at.partial, send, scratch["consumed"])
+        _produce(plan, at.whole + at.partial, send, scratch.consumed)
 
 
 def _dq_compute(
-    plan: _Plan,
-    inputs: dict[str, Any],
-    at: _Place,
-    warpgroup: Any,
-    dq_ref: Any,
-    *,
-    own_qk: Any,
-    own_ov: Any,
-    moving_qk: Any,
-    moving_ov: Any,
-    lse_smem: Any,
-    delta_smem: Any,
-    ds_smem: Any,
-    ready: Any,
-    full: Any,
-    consumed: Any,
+    plan: _Plan, inputs: dict[str, Any], at: _Place, warpgroup: Any, dq_ref: Any, scratch: _Scratch
 ) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    q, do, span, barrier = own_qk.at[warpgroup], own_ov.at[warpgroup], _span(at, warpgroup), ready.at[warpgroup]
+    q, do = scratch.own_qk.at[warpgroup], scratch.own_ov.at[warpgroup]
+    span, barrier = _span(at, warpgroup), scratch.ready.at[warpgroup]
     plgpu.copy_gmem_to_smem(inputs["q"].at[at.batch, span, at.head], q, barrier)
     plgpu.copy_gmem_to_smem(inputs["do"].at[at.batch, span, at.head], do, barrier)
-    plgpu.copy_gmem_to_smem(inputs["lse"].at[at.batch, at.head, span], lse_smem.at[warpgroup], barrier)
-    plgpu.copy_gmem_to_smem(inputs["delta"].at[at.batch, at.head, span], delta_smem.at[warpgroup], barrier)
+    plgpu.copy_gmem_to_smem(inputs["lse"].at[at.batch, at.head, span], scratch.lse.at[warpgroup], barrier)
+    plgpu.copy_gmem_to_smem(inputs["delta"].at[at.batch, at.head, span], scratch.delta.at[warpgroup], barrier)
     plgpu.barrier_wait(barrier)
     by_row = plgpu.Layout.WGMMA.reduce(1)
-    lse = compat.gpu_load(lse_smem.at[warpgroup], layout=by_row)
-    delta = compat.gpu_load(delta_smem.at[warpgroup], layout=by_row)
+    lse = compat.gpu_load(scratch.lse.at[warpgroup], layout=by_row)
+    delta = compat.gpu_load(scratch.delta.at[warpgroup], layout=by_row)
 
     def accumulate(dq: Any) -> Any:
         def step(n: Any, _: None, *, masked: bool) -> None:
             slot = lax.rem(n, jnp.int32(plan.stages))
-            k, v = moving_qk.at[slot], moving_ov.at[slot]
-            plgpu.barrier_wait(full.at[slot])
+            k, v = scratch.moving_qk.at[slot], scratch.moving_ov.at[slot]
+            plgpu.barrier_wait(scratch.full.at[slot])
             own = _fresh(warpgroup)
 
             def tile(s: Any, dp: Any) -> None:
-                plgpu.wgmma(s, own_qk.at[own], k.transpose((1, 0)))
-                plgpu.wgmma(dp, own_ov.at[own], v.transpose((1, 0)))
+                plgpu.wgmma(s, scratch.own_qk.at[own], k.transpose((1, 0)))
+                plgpu.wgmma(dp, scratch.own_ov.at[own], v.transpose((1, 0)))
                 s = plgpu.wgmma_accumulator_load(s, wait_n=1)
-                _release(plan, n, consumed)
+                _release(plan, n, scratch.consumed)
                 seen = _seen(plan, inputs, at, 0, _start(at, own), at.block(n) * plan.step) if masked else None
                 _, sloped = _weights(plan, s, _spread(lse, plan.shape, 0), seen)
-                ds_smem.at[own][...] = (sloped * (dp[...] - _spread(delta, plan.shape, 0))).astype(q.dtype)
+                scratch.ds.at[own][...] = (sloped * (dp[...] - _spread(delta, plan.shape, 0))).astype(q.dtype)
 
             pl.run_scoped(tile, *(plgpu.ACC(plan.shape, jnp.float32),) * 2)
             plgpu.commit_smem()
-            plgpu.wgmma(dq, ds_smem.at[own], k)
+            plgpu.wgmma(dq, scratch.ds.at[own], k)
 
         _steps(at.whole, at.partial, step)
         return dq[...]
 
     dq = pl.run_scoped(accumulate, plgpu.ACC(q.shape, jnp.float32))
     own = _fresh(warpgroup)
-    q = own_qk.at[own]
+    q = scratch.own_qk.at[own]
     q[...] = (dq * plan.config.scale).astype(q.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(q, dq_ref.at[at.batch, _span(at, own), at.head])
@@ -318,18 +325,19 @@ def _dq_compute(
 # --- dk and dv. -------------------------------------------------------------------------------------------------------
 
 
-def _dkv_kernel(plan: _Plan, *refs: Any, **scratch: Any) -> None:
+def _dkv_kernel(plan: _Plan, *refs: Any) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     inputs = dict(zip(plan.names, refs, strict=False))
     at = _place(plan, inputs)
     warpgroup = lax.axis_index("warpgroup")
-    outputs = dict(zip(plan.wanted, refs[len(plan.names) :], strict=True))
+    *outs, scratch = refs[len(plan.names) :]
+    outputs = dict(zip(plan.wanted, outs, strict=True))
 
     @pl.when(warpgroup < _WARPGROUPS)
     def _() -> None:
         plgpu.set_max_registers(240, action="increase")
-        _dkv_compute(plan, inputs, at, warpgroup, outputs, **scratch)
+        _dkv_compute(plan, inputs, at, warpgroup, outputs, scratch)
 
     @pl.when(warpgroup == _WARPGROUPS)
     def _() -> None:
@@ -338,13 +346,13 @@ def _dkv_kernel(plan: _Plan, *refs: Any, **scratch: Any) -> None:
         def send(n: Any, slot: Any) -> None:
             head, block = _shared_step(plan, at, n)
             span = pl.ds(block * plan.step, plan.step)
-            barrier = scratch["full"].at[slot]
-            plgpu.copy_gmem_to_smem(inputs["q"].at[at.batch, span, head], scratch["moving_qk"].at[slot], barrier)
-            plgpu.copy_gmem_to_smem(inputs["do"].at[at.batch, span, head], scratch["moving_ov"].at[slot], barrier)
-            plgpu.copy_gmem_to_smem(inputs["lse"].at[at.batch, head, span], scratch["lse_smem"].at[slot], barrier)
-            plgpu.copy_gmem_to_smem(inputs["delta"].at[at.batch, head, span], scratch["delta_smem"].at[slot], barrier)
+            barrier = scratch.full.at[slot]
+            plgpu.copy_gmem_to_smem(inputs["q"].at[at.batch, span, head], scratch.moving_qk.at[slot], barrier)
+            plgpu.copy_gmem_to_smem(inputs["do"].at[at.batch, span, head], scratch.moving_ov.at[slot], barrier)
+            plgpu.copy_gmem_to_smem(inputs["lse"].at[at.batch, head, span], scratch.lse.at[slot], barrier)
+            plgpu.copy_gmem_to_smem(inputs["delta"].at[at.batch, head, span], scratch.delta.at[slot], barrier)
 
-        _produce(plan, (at.whole + at.partial) * plan.group, send, scratch["consumed"])
+        _produce(plan, (at.whole + at.partial) * plan.group, send, scratch.consumed)
 
 
 def _shared_step(plan: _Plan, at: _Place, n: Any) -> tuple[Any, Any]:
@@ -359,27 +367,12 @@ def _shared_step(plan: _Plan, at: _Place, n: Any) -> tuple[Any, Any]:
 
 
 def _dkv_compute(
-    plan: _Plan,
-    inputs: dict[str, Any],
-    at: _Place,
-    warpgroup: Any,
-    outputs: dict[str, Any],
-    *,
-    own_qk: Any,
-    own_ov: Any,
-    moving_qk: Any,
-    moving_ov: Any,
-    lse_smem: Any,
-    delta_smem: Any,
-    p_smem: Any = None,
-    ds_smem: Any = None,
-    ready: Any,
-    full: Any,
-    consumed: Any,
+    plan: _Plan, inputs: dict[str, Any], at: _Place, warpgroup: Any, outputs: dict[str, Any], scratch: _Scratch
 ) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    k, v, span, barrier = own_qk.at[warpgroup], own_ov.at[warpgroup], _span(at, warpgroup), ready.at[warpgroup]
+    k, v = scratch.own_qk.at[warpgroup], scratch.own_ov.at[warpgroup]
+    span, barrier = _span(at, warpgroup), scratch.ready.at[warpgroup]
     plgpu.copy_gmem_to_smem(inputs["k"].at[at.batch, span, at.head], k, barrier)
     plgpu.copy_gmem_to_smem(inputs["v"].at[at.batch, span, at.head], v, barrier)
     plgpu.barrier_wait(barrier)
@@ -390,34 +383,34 @@ def _dkv_compute(
 
         def step(n: Any, _: None, *, masked: bool) -> None:
             slot = lax.rem(n, jnp.int32(plan.stages))
-            q, do = moving_qk.at[slot], moving_ov.at[slot]
-            plgpu.barrier_wait(full.at[slot])
+            q, do = scratch.moving_qk.at[slot], scratch.moving_ov.at[slot]
+            plgpu.barrier_wait(scratch.full.at[slot])
             own = _fresh(warpgroup)
 
             def tile(sT: Any, dpT: Any = None) -> None:
-                plgpu.wgmma(sT, own_qk.at[own], q.transpose((1, 0)))
+                plgpu.wgmma(sT, scratch.own_qk.at[own], q.transpose((1, 0)))
                 if dpT is not None:
-                    plgpu.wgmma(dpT, own_ov.at[own], do.transpose((1, 0)))
+                    plgpu.wgmma(dpT, scratch.own_ov.at[own], do.transpose((1, 0)))
                 sT = plgpu.wgmma_accumulator_load(sT, wait_n=0 if dpT is None else 1)
-                _release(plan, n, consumed)
+                _release(plan, n, scratch.consumed)
                 seen = None
                 if masked:
                     seen = _seen(plan, inputs, at, 1, _shared_step(plan, at, n)[1] * plan.step, _start(at, own))
-                lse = compat.gpu_load(lse_smem.at[slot], layout=by_column)
+                lse = compat.gpu_load(scratch.lse.at[slot], layout=by_column)
                 pT, sloped = _weights(plan, sT, _spread(lse, plan.shape, 1), seen)
                 if "dv" in total:
-                    p_smem.at[own][...] = pT.astype(q.dtype)
+                    scratch.p.at[own][...] = pT.astype(q.dtype)
                 if dpT is not None:
                     dpT = dpT[...]
-                    delta = compat.gpu_load(delta_smem.at[slot], layout=by_column)
-                    ds_smem.at[own][...] = (sloped * (dpT - _spread(delta, plan.shape, 1))).astype(q.dtype)
+                    delta = compat.gpu_load(scratch.delta.at[slot], layout=by_column)
+                    scratch.ds.at[own][...] = (sloped * (dpT - _spread(delta, plan.shape, 1))).astype(q.dtype)
 
             pl.run_scoped(tile, *(plgpu.ACC(plan.shape, jnp.float32),) * (2 if "dk" in total else 1))
             plgpu.commit_smem()
             if "dv" in total:
-                plgpu.wgmma(total["dv"], p_smem.at[own], do)
+                plgpu.wgmma(total["dv"], scratch.p.at[own], do)
             if "dk" in total:
-                plgpu.wgmma(total["dk"], ds_smem.at[own], q)
+                plgpu.wgmma(total["dk"], scratch.ds.at[own], q)
 
         _steps(at.whole * plan.group, at.partial * plan.group, step)
         return tuple(acc[...] for acc in sums)
@@ -426,7 +419,7 @@ def _dkv_compute(
     sums = pl.run_scoped(accumulate, *(plgpu.ACC(widths[name], jnp.float32) for name in plan.wanted))
     own = _fresh(warpgroup)
     for name, x in zip(plan.wanted, sums, strict=True):
-        stage = (own_qk if name == "dk" else own_ov).at[own]
+        stage = (scratch.own_qk if name == "dk" else scratch.own_ov).at[own]
         stage[...] = (x * (plan.config.scale if name == "dk" else 1.0)).astype(stage.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(stage, outputs[name].at[at.batch, _span(at, own), at.head])
