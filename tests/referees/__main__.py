@@ -27,14 +27,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.referees", description=__doc__)
     parser.add_argument("--referee", choices=("splash", "tokamax"), action="append", help="default: both")
     parser.add_argument("--examples", type=int, default=25, help="cases of splash for each combination of its options")
-    parser.add_argument("--names", default="", help="only the cases of tokamax whose names hold this")
+    parser.add_argument(
+        "--cases", choices=(*splash.CELLS, *tokamax_cases.CLASSES), action="append", help="default: all"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="file to append to")
     options = parser.parse_args(arguments)
     failed = False
     for referee, cases, outcome in _judge(options):
         found = {part.name: getattr(outcome, part.name) for part in dataclasses.fields(outcome)}
         counts = {part: len(names) for part, names in found.items()}
-        print(f"{referee}, {cases}: " + ", ".join(f"{n} {part.replace('_', ' ')}" for part, n in counts.items()))
+        print(
+            f"{referee}, {cases}: " + ", ".join(f"{n} {part.replace('_', ' ')}" for part, n in counts.items()),
+            flush=True,
+        )
         why = {part: names for part, names in found.items() if part != "passed"}
         for part, names in why.items():
             for name, reason in names.items():
@@ -46,15 +51,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _judge(options: argparse.Namespace) -> Iterator[tuple[str, str, Outcome]]:
-    chosen = options.referee or ["splash", "tokamax"]
+    chosen = {"splash": splash.CELLS, "tokamax": tokamax_cases.CLASSES}
+    if options.referee:
+        chosen = {referee: chosen[referee] for referee in options.referee}
     if "tokamax" in chosen and importlib.util.find_spec("tokamax") is None:
         sys.exit('tests.referees: tokamax is not installed: pip install "jaxnum[referee]" (Python 3.12).')
-    if "splash" in chosen:
-        for cases, outcome in splash.run(options.examples).items():
-            yield "splash", cases, outcome
-    if "tokamax" in chosen:
-        for cases, outcome in tokamax_cases.run(options.names).items():
-            yield "tokamax", cases, outcome
+    for referee, every in chosen.items():
+        for cases in every:
+            if options.cases is None or cases in options.cases:
+                outcome = tokamax_cases.run(cases) if referee == "tokamax" else splash.run(cases, options.examples)
+                yield referee, cases, outcome
 
 
 if __name__ == "__main__":
