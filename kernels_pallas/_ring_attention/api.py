@@ -37,7 +37,7 @@ def ring_attention(
     step s it attends with its queries to the keys of the device s behind it, and merges what it gets by its log-sum-exp
     in float32: with lse' = log(exp lse_1 + exp lse_2), o' = exp(lse_1 - lse') o_1 + exp(lse_2 - lse') o_2, and nothing
     merged with nothing is nothing (o = 0, lse = -inf). Keys and values travel as they are, Hk heads in their own dtype,
-    one message each a step, while the device works on those it has. No device ever holds more than two shards.
+    one message each a step, while the device works on those it has; it holds its own, these, and the next.
 
     Args:
       q: queries of this device [*B, n, Hq, D]; float32, bfloat16, float16, or float64 (`reference` and `xla`).
@@ -69,7 +69,8 @@ def ring_attention(
       cotangents of k and v, in float32. A causal call spends nothing on what is hidden, but waits for whom has most to
       do: in the contiguous layout that is (2 W - 1) / W times the mean, in the other two 1. A window on contiguous or
       zigzag shards ends the ring as soon as no device can see further: contiguous, causal and left <= (W - 1) n takes
-      1 + ceil(left / n) steps. Memory O(n), whatever W is.
+      1 + ceil(left / n) steps. Memory O(n), whatever W is; XLA's CPU compiler alone keeps no order among the
+      steps, and may hold more shards than two. The steps are unrolled, so that compile time grows with W.
 
     Numerics: scores, statistics and merges in float32 (float64 for float64 inputs); each step's share of o and of the
       cotangents is rounded to the dtype of q before it is added. Dropout is not offered: its mask goes by the place of
