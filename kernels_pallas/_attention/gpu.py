@@ -138,6 +138,7 @@ def _scratch(plan: _Plan, D: int, v_dim: int, dtype: Any) -> dict[str, Any]:
         transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
         return plgpu.SMEM((count, rows, columns), dtype, transforms=transforms)
 
+    marks = [name for name in plan.names if name.startswith("kv_")]
     scratch = {
         "q_tiles": tiles(_WARPGROUPS, _ROWS, D),
         "k_tiles": tiles(plan.stages, plan.kv, D),
@@ -145,11 +146,12 @@ def _scratch(plan: _Plan, D: int, v_dim: int, dtype: Any) -> dict[str, Any]:
         "lse_rows": plgpu.SMEM((_WARPGROUPS, _ROWS), jnp.float32),
         "q_ready": plgpu.Barrier(num_barriers=_WARPGROUPS),
         "k_ready": plgpu.Barrier(num_barriers=plan.stages),
-        "v_ready": plgpu.Barrier(num_barriers=plan.stages),
+        "v_ready": plgpu.Barrier(num_arrivals=1 + len(marks), num_barriers=plan.stages),
         "k_free": plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=plan.stages),
         "v_free": plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=plan.stages),
         "turn": plgpu.Barrier(num_barriers=_WARPGROUPS),
     }
+    scratch |= {name: plgpu.SMEM((plan.stages, plan.kv), jnp.int32) for name in marks}
     if v_dim != D:
         scratch["o_tiles"] = tiles(_WARPGROUPS, _ROWS, v_dim)
     if plan.interpreted:
@@ -165,13 +167,14 @@ def _visibility(config: Config, operands: Operands, kv: int) -> dict[str, jax.Ar
 
     Returns:
       order: int32 [B|1, rows, columns], blocks without hidden entries first, then the partial ones.
-      counts: int32 [B|1, rows, 2], how many of each.
+      bounds: int32 [B|1, rows, 2], how many of the first kind, and which is the last live one.
       Positions and segments, int32 [B|1, N], padded to whole blocks.
     """
     kinds = jnp.asarray(masks.block_kinds(config, operands, _ROWS * _WARPGROUPS, kv))
-    rank = jnp.where(kinds == masks.FULL, 0, jnp.where(kinds == masks.PARTIAL, 1, 2))
-    counts = [jnp.sum(kinds == kind, axis=2, dtype=jnp.int32) for kind in (masks.FULL, masks.PARTIAL)]
-    found = {"order": jnp.argsort(rank, axis=2, stable=True).astype(jnp.int32), "counts": jnp.stack(counts, axis=2)}
+    whole, live = (jnp.sum(kinds >= kind, axis=2, dtype=jnp.int32) for kind in (masks.FULL, masks.PARTIAL))
+    # A row that sees nothing looks at one block, so that every row has a last one.
+    bounds = jnp.stack([whole, jnp.maximum(live - 1, 0)], axis=2)
+    found = {"order": jnp.argsort(-kinds, axis=2, stable=True).astype(jnp.int32), "bounds": bounds}
     places = {}
     if masks.positional(config) and (operands.q_positions is not None or operands.kv_positions is not None):
         places["q_positions"], places["kv_positions"] = masks.positions(operands)
@@ -193,50 +196,66 @@ class _Place(NamedTuple):
     row: Any
     # Read where they are needed: kept, they would take registers that the loops lack.
     whole: Callable[[], Any]  # how many blocks have no hidden entries
-    partial: Callable[[], Any]  # and how many of the others are live
+    last: Callable[[], Any]  # which live block is the last one
     block: Callable[[Any], Any]  # the n-th live block
 
 
 def _place(plan: _Plan, inputs: dict[str, Any]) -> _Place:
     batch, head, row = (lax.axis_index(name) for name in ("batch", "head", "row"))
     if not plan.hides:
-        return _Place(batch, head, row, lambda: jnp.int32(plan.blocks), lambda: jnp.int32(0), lambda n: n)
-    order, counts = inputs["order"], inputs["counts"]
+        return _Place(batch, head, row, lambda: jnp.int32(plan.blocks), lambda: jnp.int32(plan.blocks - 1), lambda n: n)
+    order, bounds = inputs["order"], inputs["bounds"]
+    if plan.config.causal:
+        # Late rows see most: they start first, so that short ones fill the end.
+        row = order.shape[1] - 1 - row
     line = batch if order.shape[0] > 1 else 0
-    counted = [lambda kind=kind: counts[line, row, kind] for kind in range(2)]
+    counted = lambda: bounds[line, row, 0], lambda: bounds[line, row, 1]
     return _Place(batch, head, row, *counted, lambda n: order[line, row, n])
 
 
-def _seen(plan: _Plan, inputs: dict[str, Any], at: _Place, q_start: Any) -> Callable[[Any], jax.Array]:
-    """What of a tile [rows, kv] is seen, by where its keys start; what belongs to the queries is read once."""
+def _seen(
+    plan: _Plan, inputs: dict[str, Any], at: _Place, q_start: Any, marks: dict[str, Any]
+) -> Callable[[Any], jax.Array]:
+    """What of the n-th tile [rows, kv] is seen; what belongs to the queries is read once.
+
+    Args:
+      plan: of the kernel.
+      inputs: refs in the GPU's memory.
+      at: where the thread block is.
+      q_start: first of the rows.
+      marks: positions and segments of the keys in flight, in shared memory.
+    """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     shape = (_ROWS, plan.kv)
 
     def counted(axis: int, start: Any) -> jax.Array:
-        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) + start
+        layout = plgpu.Layout.WGMMA.reduce(1 - axis)
+        places = plgpu.broadcasted_iota(jnp.int32, shape[axis : axis + 1], 0, layout=layout)
+        return lax.broadcast_in_dim(places + start, shape, (axis,))
 
-    def given(name: str, axis: int, start: Any) -> jax.Array:
+    def of_queries(name: str) -> jax.Array:
         ref = inputs[name]
-        span = ref.at[at.batch if ref.shape[0] > 1 else 0, pl.ds(start, shape[axis])]
-        return compat.gpu_load(span, layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
+        span = ref.at[at.batch if ref.shape[0] > 1 else 0, pl.ds(q_start, _ROWS)]
+        return compat.gpu_load(span, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
-    queries = {name: given(name, 0, q_start) for name in ("q_positions", "q_segments") if name in inputs}
+    def of_keys(name: str, n: Any) -> jax.Array:
+        x = compat.gpu_load(marks[name].at[_slot(plan, n)], layout=plgpu.Layout.WGMMA.reduce(0))
+        return lax.broadcast_in_dim(x, shape, (1,))
 
-    def seen(kv_start: Any) -> jax.Array:
+    queries = {name: of_queries(name) for name in ("q_positions", "q_segments") if name in inputs}
+
+    def seen(n: Any) -> jax.Array:
         found = None
-        if masks.positional(plan.config) and queries.get("q_positions") is not None:
-            q = _across(queries["q_positions"], shape)
-            kv = lax.broadcast_in_dim(given("kv_positions", 1, kv_start), shape, (1,))
-            found = masks.visible(plan.config, q, kv)
+        if "q_positions" in queries:
+            found = masks.visible(plan.config, _across(queries["q_positions"], shape), of_keys("kv_positions", n))
         elif masks.positional(plan.config):
-            found = masks.visible(plan.config, counted(0, q_start), counted(1, kv_start))
+            found = masks.visible(plan.config, counted(0, q_start), counted(1, at.block(n) * plan.kv))
         if "q_segments" in queries:
-            kv = lax.broadcast_in_dim(given("kv_segments", 1, kv_start), shape, (1,))
-            same = _across(queries["q_segments"], shape) == kv
+            same = _across(queries["q_segments"], shape) == of_keys("kv_segments", n)
             found = same if found is None else found & same
         elif plan.length is not None:
-            inside = counted(1, kv_start) < plan.length
+            inside = counted(1, at.block(n) * plan.kv) < plan.length
             found = inside if found is None else found & inside
         return found
 
@@ -278,8 +297,14 @@ def _produce(plan: _Plan, inputs: dict[str, Any], at: _Place, **scratch: Any) ->
             pl.when(n >= plan.stages)(lambda name=name: plgpu.barrier_wait(scratch[f"{name}_free"].at[slot]))
             tile, ready = scratch[f"{name}_tiles"].at[slot], scratch[f"{name}_ready"].at[slot]
             plgpu.copy_gmem_to_smem(inputs[name].at[source], tile, ready)
+        # Where keys stand and to what they belong comes with their values, which are kept until the block is done with.
+        for name in ("kv_positions", "kv_segments"):
+            if name in inputs:
+                marks = inputs[name]
+                line = at.batch if marks.shape[0] > 1 else 0
+                plgpu.copy_gmem_to_smem(marks.at[line, source[1]], scratch[name].at[slot], scratch["v_ready"].at[slot])
 
-    lax.fori_loop(jnp.int32(0), at.whole() + at.partial(), step, None)
+    lax.fori_loop(jnp.int32(0), at.last() + 1, step, None)
 
 
 def _slot(plan: _Plan, n: Any) -> Any:
@@ -306,6 +331,7 @@ def _compute(
     turn: Any,
     o_tiles: Any = None,
     p_tiles: Any = None,
+    **marks: Any,
 ) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -313,56 +339,64 @@ def _compute(
     span = pl.ds(start, _ROWS)
     plgpu.copy_gmem_to_smem(inputs["q"].at[at.batch, span, at.head], q_tiles.at[warpgroup], q_ready.at[warpgroup])
     plgpu.barrier_wait(q_ready.at[warpgroup])
-    # The first warpgroup has the tensor cores first; each hands them on once its products are under way.
-    pl.when(warpgroup == 1)(lambda: plgpu.barrier_wait(turn.at[1]))
-
     # Then the accumulator leaves few registers.
     wide = min(q_tiles.shape[2], v_tiles.shape[2]) > 128
 
-    def step(n: Any, state: tuple, *, masked: bool) -> tuple:
-        slot, own = _slot(plan, n), _fresh(warpgroup) if wide else warpgroup
-        plgpu.barrier_wait(k_ready.at[slot])
+    def hand_on(own: Any) -> None:
+        plgpu.barrier_arrive(turn.at[1 - own])
 
-        def scores(accumulator: Any) -> jax.Array:
-            plgpu.wgmma(accumulator, q_tiles.at[own], k_tiles.at[slot].transpose((1, 0)))
-            plgpu.barrier_arrive(turn.at[1 - own])
-            return accumulator[...]
-
-        s = pl.run_scoped(scores, plgpu.ACC((_ROWS, plan.kv), jnp.float32))
-        plgpu.barrier_arrive(k_free.at[slot])
+    def weights(n: Any, state: tuple, masked: bool) -> tuple:
+        s, acc, m, l = state
+        if masked:
+            plgpu.barrier_wait(v_ready.at[_slot(plan, n)])
         s, factor = _capped(plan.config, s)
         if masked:
-            s = jnp.where(seen(at.block(n) * plan.kv), s, -jnp.inf)
-        acc, m, l = _follow(plan, jnp.max(s, axis=1) * factor, *state)
+            s = jnp.where(seen(n), s, -jnp.inf)
+        acc, m, l = _follow(plan, jnp.max(s, axis=1) * factor, acc, m, l)
         p = jnp.exp2(s * factor - _across(m, s.shape))
         for first in range(0, plan.kv, _LANE_COLUMNS):
             l += lax.slice(p, (0, first), (_ROWS, first + _LANE_COLUMNS))
-        p = p.astype(v_tiles.dtype)
-        plgpu.barrier_wait(v_ready.at[slot])
+        if not masked:
+            plgpu.barrier_wait(v_ready.at[_slot(plan, n)])
+        return p.astype(v_tiles.dtype), acc, m, l
+
+    def step(n: Any, state: tuple, *, masked: bool) -> tuple:
+        p, acc, m, l = weights(n, state, masked)
+        own = _fresh(warpgroup) if wide else warpgroup
+        slot, following = _slot(plan, n), _slot(plan, n + 1)
+        plgpu.barrier_wait(k_ready.at[following])
         plgpu.barrier_wait(turn.at[own])
-        acc = _add_product(acc, p, v_tiles.at[slot], None if p_tiles is None else p_tiles.at[warpgroup])
+        pair = q_tiles.at[own], k_tiles.at[following].transpose((1, 0))
+        acc, s = _products(plan, acc, (p, v_tiles.at[slot]), pair, lambda: hand_on(own), p_tiles, warpgroup)
         plgpu.barrier_arrive(v_free.at[slot])
-        return acc, m, l
+        plgpu.barrier_arrive(k_free.at[following])
+        return s, acc, m, l
 
-    def zeros(columns: int) -> jax.Array:
-        return plgpu.layout_cast(jnp.zeros((_ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
-
+    plgpu.barrier_wait(k_ready.at[0])
+    # The first warpgroup has the tensor cores first; each hands them on once its products are under way.
+    pl.when(warpgroup == 1)(lambda: plgpu.barrier_wait(turn.at[1]))
+    pair = q_tiles.at[warpgroup], k_tiles.at[0].transpose((1, 0))
+    _, s = _products(plan, None, None, pair, lambda: hand_on(warpgroup), p_tiles, warpgroup)
+    plgpu.barrier_arrive(k_free.at[0])
     lowest = plgpu.layout_cast(jnp.full((_ROWS,), _LOWEST, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-    state = zeros(v_tiles.shape[2]), lowest, zeros(_LANE_COLUMNS)
-    state = lax.fori_loop(jnp.int32(0), at.whole(), partial(step, masked=False), state)
+    state = s, _zeros(v_tiles.shape[2]), lowest, _zeros(_LANE_COLUMNS)
+    whole = jnp.minimum(at.whole(), at.last())
+    state = lax.fori_loop(jnp.int32(0), whole, partial(step, masked=False), state)
+    seen = _seen(plan, inputs, at, start, marks) if plan.hides else None
     if plan.hides:
-        seen = _seen(plan, inputs, at, start)
-        whole = at.whole()
-        state = lax.fori_loop(whole, whole + at.partial(), partial(step, masked=True), state)
-    acc, m, l = state
+        whole = jnp.minimum(at.whole(), at.last())
+        state = lax.fori_loop(whole, at.last(), partial(step, masked=True), state)
+    p, acc, m, l = weights(at.last(), state, plan.hides)
+    slot = _slot(plan, at.last())
+    plgpu.barrier_wait(turn.at[warpgroup])
+    acc, _ = _products(plan, acc, (p, v_tiles.at[slot]), None, lambda: None, p_tiles, warpgroup)
+    pl.when(warpgroup == 0)(lambda: hand_on(warpgroup))
     l = jnp.sum(l, axis=1)
-    pl.when(warpgroup == 0)(lambda: plgpu.barrier_arrive(turn.at[1]))
 
-    sees = l > 0
+    sees = l != 0
     total = jnp.where(sees, l, 1.0)
-    share = jnp.where(sees, 1.0 / total, 0.0)
     o = (q_tiles if o_tiles is None else o_tiles).at[warpgroup]
-    o[...] = (acc * _across(share, acc.shape)).astype(o.dtype)
+    o[...] = (acc * _across(1.0 / total, acc.shape)).astype(o.dtype)
     lse_rows.at[warpgroup][...] = jnp.where(sees, (m + jnp.log2(total)) / _LOG2E, -jnp.inf)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(o, o_ref.at[at.batch, span, at.head])
@@ -403,17 +437,62 @@ def _across(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, (0,))
 
 
-def _add_product(acc: jax.Array, p: jax.Array, v: Any, p_tile: Any) -> jax.Array:
-    """acc + p v, p in registers; interpreted, through shared memory."""
+def _zeros(columns: int) -> jax.Array:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    if p_tile is None:
-        return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, p, v))(plgpu.ACC.init(acc))
-    p_tile[...] = p
-    plgpu.commit_smem()
+    return plgpu.layout_cast(jnp.zeros((_ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
 
-    def run(accumulator: Any) -> jax.Array:
-        plgpu.wgmma(accumulator, p_tile, v)
-        return accumulator[...]
 
-    return acc + pl.run_scoped(run, plgpu.ACC(acc.shape, jnp.float32))
+def _products(
+    plan: _Plan, acc: Any, weighted: Any, scored: Any, then: Callable[[], None], p_tiles: Any, warpgroup: Any
+) -> tuple[Any, Any]:
+    """acc + p v and q k^T, started one after the other; either may be left out.
+
+    Args:
+      plan: of the kernel.
+      acc: what p v is added to.
+      weighted: p in registers and v in shared memory.
+      scored: q and k^T in shared memory.
+      then: runs while the products do.
+      p_tiles: interpreted, where p is put.
+      warpgroup: index of this one.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if plan.interpreted:
+        return _interpreted_products(plan, acc, weighted, scored, then, p_tiles, warpgroup)
+    pairs = [pair for pair in (weighted, scored) if pair is not None]
+    sums = [x for x, pair in ((acc, weighted), (_zeros(plan.kv), scored)) if pair is not None]
+
+    def run(accumulators: Any) -> None:
+        for accumulator, pair in zip(accumulators, pairs, strict=True):
+            plgpu.wgmma(accumulator, *pair)
+        then()
+
+    sums = pl.run_state(run)([plgpu.ACC.init(x) for x in sums])
+    return (None if weighted is None else sums[0]), (None if scored is None else sums[-1])
+
+
+def _interpreted_products(
+    plan: _Plan, acc: Any, weighted: Any, scored: Any, then: Callable[[], None], p_tiles: Any, warpgroup: Any
+) -> tuple[Any, Any]:
+    """The same for JAX's interpreter: p through shared memory, accumulators that last for a product."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if weighted is not None:
+        p, v = weighted
+        p_tiles.at[warpgroup][...] = p
+        plgpu.commit_smem()
+        weighted = p_tiles.at[warpgroup], v
+
+    def product(pair: tuple, columns: int) -> jax.Array:
+        def run(accumulator: Any) -> jax.Array:
+            plgpu.wgmma(accumulator, *pair)
+            return accumulator[...]
+
+        return pl.run_scoped(run, plgpu.ACC((_ROWS, columns), jnp.float32))
+
+    acc = None if weighted is None else acc + product(weighted, acc.shape[1])
+    s = None if scored is None else product(scored, plan.kv)
+    then()
+    return acc, s
