@@ -83,9 +83,9 @@ def ring_attention(
 
     Example:
       >>> import jax, kernels_pallas
-      >>> from jax.sharding import PartitionSpec
+      >>> from jax.sharding import AxisType, PartitionSpec
       >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 64, 4, 32))
-      >>> mesh = jax.make_mesh((jax.device_count(),), ("sequence",))
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("sequence",), (AxisType.Auto,))
       >>> cut = PartitionSpec(None, "sequence")
       >>> ring = lambda q, k, v: kernels_pallas.ring_attention(q, k, v, axis_name="sequence", causal=True)
       >>> o = jax.shard_map(ring, mesh=mesh, in_specs=(cut, cut, cut), out_specs=cut)(q, k, v)
