@@ -1,6 +1,10 @@
 """Ring attention on virtual devices equals attention on one; what it sends, keeps and skips; every bad argument."""
 
+import os
 import re
+import socket
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -21,6 +25,7 @@ from kernels_pallas._attention import masks
 from kernels_pallas._attention.config import Config, Operands
 from kernels_pallas._ring_attention.layout import LAYOUTS, offsets, positions
 from tests import collectives, interpreters
+from tests.source import ROOT
 from tests.tolerances import tolerance
 
 N, H, K, D, V = 10, 4, 2, 8, 12
@@ -472,3 +477,60 @@ def test_odd_zigzag_shards_and_nothing_at_all():
         run(3)
     o, lse = run(0)
     assert (o.shape, lse.shape) == ((2, 1, 0, 1, 4), (2, 1, 1, 0))
+
+
+# --- Several processes. -----------------------------------------------------------------------------------------------
+
+PROCESS = """
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from kernels_pallas import attention, ring_attention
+
+assert jax.process_count() == 2
+assert jax.device_count() == 4
+mesh = jax.make_mesh((4,), ("ring",), (AxisType.Auto,))
+cut = PartitionSpec(None, "ring")
+place = NamedSharding(mesh, cut)
+whole = np.random.default_rng(0).normal(size=(3, 1, 64, 2, 8)).astype("float32")
+given = [jax.make_array_from_callback(x.shape, place, lambda index, x=x: x[index]) for x in whole]
+run = lambda q, k, v: ring_attention(q, k, v, axis_name="ring", causal=True)
+ring = jax.shard_map(run, mesh=mesh, in_specs=(cut,) * 3, out_specs=cut)
+both = lambda f: lambda *a: (f(*a), jax.grad(lambda *x: jnp.sum(jnp.sin(f(*x))), (0, 1, 2))(*a))
+got = jax.jit(both(ring))(*given)
+want = jax.tree.leaves(both(lambda *a: attention(*a, causal=True))(*map(jnp.asarray, whole)))
+for g, w in zip(jax.tree.leaves(got), want, strict=True):
+    for shard in g.addressable_shards:
+        np.testing.assert_allclose(shard.data, w[shard.index], atol=float(sys.argv[3]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    atol = str(tolerance("float32", 64, condition=4.0))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, address, str(rank), atol],
+            cwd=ROOT,
+            env=os.environ | flags,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        ends = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], ends
