@@ -136,6 +136,11 @@ def test_pages_equal_the_contiguous_cache(implementation):
                 close(got, want)
 
 
+# Modules on the deprecated Triton backend, of which only the references are used.
+from_triton = pytest.mark.filterwarnings("ignore:jax.experimental.pallas.ops.gpu.*is deprecated:DeprecationWarning")
+
+
+@from_triton
 def test_jax_reference_of_gpu_decode_attention():
     from jax.experimental.pallas.ops.gpu.decode_attention import gqa_reference
 
@@ -150,6 +155,7 @@ def test_jax_reference_of_gpu_decode_attention():
     close(decode_attention(q, cache._replace(length=jnp.array([31, 77, 200])), window=(30, 0))[1:, 0], o[1:])
 
 
+@from_triton
 def test_jax_reference_of_gpu_paged_attention():
     from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention_reference
 
