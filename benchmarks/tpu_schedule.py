@@ -220,14 +220,15 @@ def compile_one(builder: str, generation: str, work: Any, blocks: Sequence[int] 
     from jax.experimental import topologies
 
     module, name = builder.split(":")
-    function, specs, macs = getattr(importlib.import_module(module), name)(work, blocks)
     topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation])
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    inputs = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in specs]
-    # Kernels that choose blocks by generation read it from the default device; beside a topology, from this mesh.
     kind = topology.devices[0].device_kind
     chip = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+    # Kernels that choose blocks by generation read it from the default device; beside a topology, from this mesh, which
+    # a program keeps from where it is traced.
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), abstract_device=chip)):
+        function, specs, macs = getattr(importlib.import_module(module), name)(work, blocks)
+        inputs = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in specs]
         compiled = jax.jit(function).lower(*inputs).compile()
     memory = compiled.memory_analysis()
     stated = compiled.cost_analysis().get("bytes accessed", 0)
