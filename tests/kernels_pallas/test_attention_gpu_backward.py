@@ -63,7 +63,7 @@ def segments(*lengths, last=-1):
 CASES = {
     "two blocks": {"T": 130, "S": 200},
     "causal": {"T": 200, "S": 160, "causal": True},
-    "groups of heads, batch": {"B": 2, "H": 4, "K": 2, "causal": True},
+    "groups of heads": {"H": 4, "K": 2, "causal": True},
     "window, soft cap": {"T": 160, "S": 160, "window": (20, 5), "soft_cap": 2.0},
     "segments": {
         "T": 140,
