@@ -6,7 +6,7 @@ from kernels_pallas._attention.api import _check_backward as check_backward
 from kernels_pallas._attention.api import _check_implementation as check_implementation
 from kernels_pallas._attention.api import _forward as forward_call
 from kernels_pallas._attention.api import attention, prepare
-from kernels_pallas._attention.config import BlockSizes, Config, Operands, accumulator
+from kernels_pallas._attention.config import BlockSizes, Config, Operands, accumulator, tpu_blocks
 from kernels_pallas._attention.reference import forward as forward_reference
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "forward_call",
     "forward_reference",
     "prepare",
+    "tpu_blocks",
 ]

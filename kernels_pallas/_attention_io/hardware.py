@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from kernels_pallas import checks
@@ -10,6 +13,7 @@ from kernels_pallas import checks
 _TPUS = {"tpu_v4": "TPU_V4", "tpu_v5e": "TPU_V5E", "tpu_v5p": "TPU_V5P", "tpu_v6e": "TPU_V6E"}
 NAMES = (*_TPUS, "h100", "cpu")
 _KINDS = ("tpu", "gpu", "cpu")
+_TPU_TABLE = Path(__file__).with_name("tpu.json")
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class HwSpec:
             checks.value("HwSpec", argument, ok, "be a number >= 0" if lowest == 0 else "be a number > 0", got)
 
 
-def hardware(function: str, argument: str, given: Any) -> HwSpec:
+def hardware_of(function: str, argument: str, given: Any) -> HwSpec:
     """The spec of a name of `NAMES`, or the given spec itself.
 
     Args:
@@ -63,21 +67,41 @@ def hardware(function: str, argument: str, given: Any) -> HwSpec:
 
 
 def _tpu(name: str) -> HwSpec:
-    """Rates of one core from JAX's own table."""
+    """Rates of one core from JAX's own table, room and price of a step from the compiler's."""
     from jax.experimental.pallas import tpu as pltpu
 
     info = pltpu.get_tpu_info_for_chip(getattr(pltpu.ChipVersion, _TPUS[name]), 1)
+    constants = tpu_constants(name.removeprefix("tpu_"))
+    clock = info.bf16_ops_per_second / (2 * info.num_mxus * info.mxu_column_size**2)
     return HwSpec(
         name,
         "tpu",
-        fast_bytes=info.vmem_capacity_bytes,
+        fast_bytes=constants["limit_bytes"],
         bandwidth=float(info.mem_bw_bytes_per_second),
         flops_16=float(info.bf16_ops_per_second),
         # A float32 product in full precision is six of bfloat16 (jax.lax.Precision.HIGHEST).
         flops_32=info.bf16_ops_per_second / 6,
-        # No figure without a chip; few steps are preferred where the model sees no other difference.
-        step_seconds=0.0,
+        step_seconds=constants["step_bundles"] / clock,
     )
+
+
+def tpu_generation(spec: HwSpec) -> str | None:
+    """The generation of a TPU of the table, None for any other hardware."""
+    return spec.name.removeprefix("tpu_") if spec.name in _TPUS and spec.kind == "tpu" else None
+
+
+def tpu_constants(generation: str | None) -> dict[str, Any]:
+    """What the TPU compiler told `python -m benchmarks.attention_footprint`; the largest of all for an unknown chip."""
+    table = _tpu_table()
+    if generation in table:
+        return table[generation]
+    names = ("internal_bytes", "score_tiles", "step_bundles")
+    return {name: max(entry[name] for entry in table.values()) for name in names}
+
+
+@lru_cache(maxsize=1)
+def _tpu_table() -> dict[str, dict[str, Any]]:
+    return json.loads(_TPU_TABLE.read_text())
 
 
 # NVIDIA H100 SXM: data sheet (3.35 TB/s, 989 TFLOP/s of bfloat16 without sparsity, 67 TFLOP/s of float32) and CUDA C++

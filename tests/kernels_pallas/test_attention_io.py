@@ -58,7 +58,7 @@ def test_prediction_equals_the_instrumented_run(schedule, problem, words):
     np.testing.assert_allclose(lse, want_lse, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("words", (260, 700, 2048, 9001, 100_000))
+@pytest.mark.parametrize("words", [260, 700, 2048, 9001, 100_000])
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 def test_prediction_of_the_backward_pass_equals_the_instrumented_run(problem, words):
     T, S, d, dv, flags = problem
