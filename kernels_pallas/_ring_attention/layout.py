@@ -95,7 +95,7 @@ def ring_attention_positions(length: int, *, layout: str, shard: int | jax.Array
     name = "ring_attention_positions"
     _check_shards(name, layout, shards)
     whole = isinstance(length, (int, np.integer)) and not isinstance(length, bool) and length >= 0
-    checks.value(name, "length", whole, "be an int >= 0", length)
+    checks.value(name, "length", bool(whole), "be an int >= 0", length)
     checks.dtype(name, "integer", shard=shard)
     checks.shape(name, shard=(shard, ""))
     check_length(name, "length", length, layout, length, shards)
@@ -154,7 +154,7 @@ def _order(name: str, x: Any, layout: str, shards: int, axis: int) -> np.ndarray
     _check_shards(name, layout, shards)
     shape = jnp.shape(x)
     ok = isinstance(axis, (int, np.integer)) and not isinstance(axis, bool) and -len(shape) <= axis < len(shape)
-    checks.value(name, "axis", ok, f"be an axis of `x` {shape}", axis)
+    checks.value(name, "axis", bool(ok), f"be an axis of `x` {shape}", axis)
     size = shape[axis]
     multiple = shards * (2 if layout == "zigzag" else 1)
     wanted = f"have a length that {multiple} divides along axis {axis}"
@@ -165,4 +165,4 @@ def _order(name: str, x: Any, layout: str, shards: int, axis: int) -> np.ndarray
 def _check_shards(name: str, layout: Any, shards: Any) -> None:
     checks.choice(name, "layout", layout, LAYOUTS)
     ok = isinstance(shards, (int, np.integer)) and not isinstance(shards, bool) and shards >= 1
-    checks.value(name, "shards", ok, "be an int >= 1", shards)
+    checks.value(name, "shards", bool(ok), "be an int >= 1", shards)

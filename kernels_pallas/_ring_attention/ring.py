@@ -76,8 +76,9 @@ def _differentiable_fwd(ring: Ring, operands: Operands, shard: jax.Array) -> tup
 
 
 def _differentiable_bwd(ring: Ring, saved: tuple, cotangents: tuple) -> tuple:
-    grads = _backward(ring, *dispatch.align((*saved, *cotangents)))
-    return Operands(*grads), None
+    inputs = dispatch.align((*saved, *cotangents))
+    grads = _backward(ring, *inputs)
+    return Operands(*grads), None  # pyright: ignore[reportGeneralTypeIssues]
 
 
 _differentiable.defvjp(_differentiable_fwd, _differentiable_bwd)
