@@ -1,5 +1,6 @@
 """Attention on a CPU with the blocks that the I/O model chooses, and how far they are from the best of a grid."""
 
+import functools
 import itertools
 import statistics
 
@@ -64,7 +65,7 @@ def _times(params: Params) -> tuple:
     functions = {"chosen": with_blocks(params, chosen.block_sizes)}
     for q, kv in itertools.product(GRID, repeat=2):
         functions[q, kv] = with_blocks(params, kernels_pallas.BlockSizes(q, kv, kv))
-    calls = {name: (lambda f=jax.jit(function): f(*inputs)) for name, function in functions.items()}
+    calls = {name: functools.partial(jax.jit(function), *inputs) for name, function in functions.items()}
     samples = measure.interleave(calls, ROUNDS)
     return chosen, {name: statistics.median(times) for name, times in samples.items()}
 
