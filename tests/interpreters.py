@@ -67,7 +67,12 @@ def gpu_parameters() -> Iterator[Any]:
     unwatched = gpu_callbacks.wgmma
     gpu_callbacks.wgmma = partial(_watched_wgmma, unwatched)
     try:
-        yield plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+        yield plgpu.InterpretGPUParams(
+            detect_races=True,
+            uninitialized_memory="nan",
+            # Copies take turns at so many clocks. A clock that two of them share can hide a race of the second.
+            num_tma_threads_per_device=64,
+        )
     finally:
         gpu_callbacks.wgmma = unwatched
         gpu_callbacks.reset_gpu_interpret_mode_state()

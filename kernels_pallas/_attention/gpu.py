@@ -339,7 +339,7 @@ def _compute(
     span = pl.ds(start, _ROWS)
     plgpu.copy_gmem_to_smem(inputs["q"].at[at.batch, span, at.head], q_tiles.at[warpgroup], q_ready.at[warpgroup])
     plgpu.barrier_wait(q_ready.at[warpgroup])
-    # Then the accumulator leaves few registers.
+    # Then the accumulator leaves few registers for addresses; computing them anew takes some twenty instructions.
     wide = min(q_tiles.shape[2], v_tiles.shape[2]) > 128
 
     def hand_on(own: Any) -> None:
@@ -391,17 +391,22 @@ def _compute(
     plgpu.barrier_wait(turn.at[warpgroup])
     acc, _ = _products(plan, acc, (p, v_tiles.at[slot]), None, lambda: None, p_tiles, warpgroup)
     pl.when(warpgroup == 0)(lambda: hand_on(warpgroup))
-    l = jnp.sum(l, axis=1)
-
-    sees = l != 0
-    total = jnp.where(sees, l, 1.0)
     o = (q_tiles if o_tiles is None else o_tiles).at[warpgroup]
-    o[...] = (acc * _across(1.0 / total, acc.shape)).astype(o.dtype)
-    lse_rows.at[warpgroup][...] = jnp.where(sees, (m + jnp.log2(total)) / _LOG2E, -jnp.inf)
-    plgpu.commit_smem()
+    _finish(acc, m, jnp.sum(l, axis=1), o, lse_rows.at[warpgroup])
     plgpu.copy_smem_to_gmem(o, o_ref.at[at.batch, span, at.head])
     plgpu.copy_smem_to_gmem(lse_rows.at[warpgroup], lse_ref.at[at.batch, at.head, span])
     plgpu.wait_smem_to_gmem(0)
+
+
+def _finish(acc: jax.Array, m: jax.Array, l: jax.Array, o: Any, lse: Any) -> None:
+    """Leave the output and the log-sum-exp in shared memory."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    sees = l != 0
+    total = jnp.where(sees, l, 1.0)
+    o[...] = (acc * _across(1.0 / total, acc.shape)).astype(o.dtype)
+    lse[...] = jnp.where(sees, (m + jnp.log2(total)) / _LOG2E, -jnp.inf)
+    plgpu.commit_smem()
 
 
 def _capped(config: Config, s: jax.Array) -> tuple[jax.Array, float]:
