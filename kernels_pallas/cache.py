@@ -94,7 +94,7 @@ def init_cache(
         _check_size("init_cache", "batch", n)
     _check_size("init_cache", "capacity", capacity)
     arrays = _empty("init_cache", (*rows, capacity), heads, dim, v_dim, dtype)
-    return KVCache(*arrays[:2], jnp.zeros(rows, jnp.int32), *arrays[2:])
+    return KVCache(length=jnp.zeros(rows, jnp.int32), **arrays)
 
 
 def init_paged_cache(
@@ -146,7 +146,7 @@ def init_paged_cache(
         checks.value(name, "block_table", low >= 0 and high < pages, f"name pages in 0..{pages - 1}", (low, high))
     arrays = _empty(name, (pages, page_size), heads, dim, v_dim, dtype)
     table = jnp.asarray(block_table, jnp.int32)
-    return PagedKVCache(*arrays[:2], table, jnp.zeros(table.shape[:-1], jnp.int32), *arrays[2:])
+    return PagedKVCache(block_table=table, length=jnp.zeros(table.shape[:-1], jnp.int32), **arrays)
 
 
 def append_to_cache(
@@ -161,8 +161,8 @@ def append_to_cache(
       cache: `KVCache` or `PagedKVCache`.
       k: new keys [*B, T, Hk, D] in the dtype of the cache; any floating dtype for an int8 cache.
       v: new values [*B, T, Hk, Dv], likewise.
-      count: how many of the T tokens of a row are real, the first ones: int [*B] in 0..T; default T. A prompt that was
-        padded to a common length is appended by its own.
+      count: how many of the T tokens of a row are real, the first ones: int [*B], taken to 0..T; default T. A prompt
+        that was padded to a common length is appended by its own.
 
     Returns:
       A cache of the same kind, shapes and dtypes. Tokens beyond the capacity are dropped, though `length` counts them:
@@ -201,7 +201,7 @@ def append_to_cache(
     checks.dtype(name, "integer", count=count)
     B, T = math.prod(batch), sizes["T"]
     length = cache.length.reshape(B)
-    count = jnp.full(B, T, jnp.int32) if count is None else jnp.asarray(count, jnp.int32).reshape(B)
+    count = jnp.full(B, T, jnp.int32) if count is None else jnp.clip(jnp.asarray(count, jnp.int32), 0, T).reshape(B)
     at = length[:, None] + jnp.arange(T, dtype=jnp.int32)
     real = jnp.arange(T, dtype=jnp.int32) < count[:, None]
     new = _stored(cache, k, v)
@@ -211,9 +211,8 @@ def append_to_cache(
         written = [
             None if x is None else _write(x, batch, at, real, y) for x, y in zip(_arrays(cache), new, strict=True)
         ]
-    k, v, k_scale, v_scale = written
-    grown = (length + count).reshape(batch)
-    return cache._replace(k=k, v=v, k_scale=k_scale, v_scale=v_scale, length=grown)
+    arrays = dict(zip(("k", "v", "k_scale", "v_scale"), written, strict=True))
+    return cache._replace(length=(length + count).reshape(batch), **arrays)
 
 
 def check_cache(name: str, cache: Any) -> None:
@@ -250,11 +249,11 @@ def check_cache(name: str, cache: Any) -> None:
 
 def _check_size(name: str, argument: str, size: Any) -> None:
     ok = isinstance(size, (int, np.integer)) and not isinstance(size, bool) and size >= 1
-    checks.value(name, argument, ok, "be a whole number >= 1", size)
+    checks.value(name, argument, bool(ok), "be a whole number >= 1", size)
 
 
-def _empty(name: str, lead: tuple, heads: int, dim: int, v_dim: int | None, dtype: Any) -> tuple:
-    """Keys, values and, for int8, their scales."""
+def _empty(name: str, lead: tuple, heads: int, dim: int, v_dim: int | None, dtype: Any) -> dict[str, Any]:
+    """Keys, values and, for int8, their scales, by name."""
     _check_size(name, "heads", heads)
     _check_size(name, "dim", dim)
     v_dim = dim if v_dim is None else v_dim
@@ -270,7 +269,7 @@ def _empty(name: str, lead: tuple, heads: int, dim: int, v_dim: int | None, dtyp
     k, v = (jnp.zeros((*lead, heads, width), dtype) for width in (dim, v_dim))
     # A scale of its own for each: what is donated must not be one array twice.
     k_scale, v_scale = (jnp.ones((*lead, heads), jnp.float32) if k.dtype == jnp.int8 else None for _ in "kv")
-    return k, v, k_scale, v_scale
+    return {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
 
 
 def _arrays(cache: Any) -> tuple:
@@ -307,6 +306,7 @@ def _write_pages(cache: PagedKVCache, at: jax.Array, real: jax.Array, new: tuple
     table = cache.block_table.reshape(at.shape[0], -1)
     N = table.shape[1]
     owner = jnp.take_along_axis(table, jnp.minimum(at // page, N - 1), axis=1)
-    owner = jnp.where(real & (at < N * page), owner, P)
+    # A page that is not there takes nothing; JAX would count a negative one from the end.
+    owner = jnp.where(real & (at < N * page) & (owner >= 0), owner, P)
     write = lambda x, y: x.at[owner, at % page].set(y.reshape(*at.shape, *x.shape[2:]), mode="drop")  # noqa: E731
     return [None if x is None else write(x, y) for x, y in zip(_arrays(cache), new, strict=True)]

@@ -79,11 +79,17 @@ def primitive(
             chosen = implementation
             if chosen is None:
                 operands = jax.tree.unflatten(tree, ctx.avals_in)
-                chosen = own if own is not None and unsupported[own](static, operands) is None else "xla"
+                able = own is not None and _on_one_device(ctx) and unsupported[own](static, operands) is None
+                chosen = own if able else "xla"
             if chosen not in rules:
                 raise NotImplementedError(
                     f"{name}: implementation {chosen!r} does not run on {platform}. "
                     "Use implementation=None, which chooses by platform, or 'xla', which runs everywhere."
+                )
+            if chosen == own and not _on_one_device(ctx):
+                raise NotImplementedError(
+                    f"{name}: implementation {chosen!r} cannot be divided over devices by the compiler. Call it inside "
+                    "jax.shard_map, or use implementation=None, which falls back to 'xla'."
                 )
             # Devices differ in what they hold, not in what they do: an implementation sees arrays as on one device.
             local = [aval.update(manual_axis_type=ManualAxisType()) for aval in ctx.avals_in]
@@ -117,6 +123,15 @@ def primitive(
         return prim.bind(*leaves, implementation=implementation, static=static, tree=tree)
 
     return call
+
+
+def _on_one_device(ctx: Any) -> bool:
+    """Whether what is lowered runs as it stands on each device: there is one, or all axes of the mesh are manual."""
+    context = ctx.module_context.axis_context
+    manual = getattr(context, "manual_axes", None)
+    if manual is not None:
+        return manual == frozenset(context.mesh.axis_names)
+    return (getattr(context, "num_devices", None) or 1) == 1
 
 
 def not_hopper() -> str | None:

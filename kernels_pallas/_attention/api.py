@@ -72,7 +72,8 @@ def attention(
       dropout_rate: share of the weights that are dropped, in [0, 1), rounded to a multiple of 2^-16. Which ones depends
         on the seed and on the indices of batch, head, query and key alone: not on implementation, blocks or platform.
         Inside `jax.shard_map` these are indices of the shard, so fold the shard's own index into the seed.
-      dropout_seed: an int below 2^32, a 32-bit integer scalar, or a typed key of `jax.random`.
+      dropout_seed: an int below 2^32, an integer scalar, of which the low 32 bits count, or a typed key of
+        `jax.random`.
       return_lse: also return the log-sum-exp; it is differentiable, which merges of partial results need.
       implementation: None chooses by the platform the program is lowered for, "tpu" (Pallas Mosaic), "gpu" (Pallas
         Mosaic GPU; Hopper, float16 and bfloat16, no bias, mask or dropout, heads of at most 256), "xla" (chunked,
@@ -93,9 +94,9 @@ def attention(
       hide cost nothing. Memory O(T + S), except "reference": O(T S).
 
     Numerics: scores, statistics and sums in float32 (float64 for float64 inputs); 16-bit weights are rounded to the
-      dtype of v before the product with v on accelerators. Hide with `mask` or a bias of -inf, not with a huge finite
-      bias: o is right then too, but the gradient of a row whose every score is huge is not, since lse cannot hold
-      log S beside such a score.
+      dtype of v before the product with v on accelerators. Hide with `mask` or, without
+      `soft_cap`, a bias of -inf, not with a huge finite bias: o is right then too, but the gradient of a row whose
+      every score is huge is not, since lse cannot hold log S beside such a score.
 
     Derivatives: with respect to q, k, v and bias in reverse mode, and reverse over reverse, whose second pass is dense;
       all modes and orders through "reference". A bias that is differentiated costs as much memory again as it has, and
@@ -132,8 +133,9 @@ def attention(
         block_sizes=block_sizes,
     )
     checks.choice("attention", "implementation", implementation, _IMPLEMENTATIONS)
-    _check_implementation(implementation, config, operands)
-    if 0 in (operands.q.size, operands.k.size, operands.v.size):
+    nothing = 0 in (operands.q.size, operands.k.size, operands.v.size)
+    _check_implementation(None if nothing else implementation, config, operands)
+    if nothing:
         o, lse = _nothing(operands)
     elif implementation == "reference":
         o, lse = reference.forward(config, operands)
@@ -284,15 +286,16 @@ def _backward_bwd(static: tuple, saved: tuple, cotangents: tuple) -> tuple:
     sees = lse != -jnp.inf
     o_cotangent = jnp.where(jnp.swapaxes(sees, 1, 2)[..., None], o_cotangent, 0)
     lse_cotangent = jnp.where(sees, lse_cotangent, 0)
-    of = ("q", "k", "v", "bias") if config.bias_gradient else ("q", "k", "v")
+    outputs = ("q", "k", "v", "bias") if config.bias_gradient else ("q", "k", "v")
 
     def pulled(arrays: dict, *given: Any) -> tuple:
         def run(arrays: dict) -> tuple:
             return reference.forward(config, operands._replace(**arrays))
 
-        return tuple(jax.vjp(run, arrays)[1](given)[0][name] for name in of)
+        return tuple(jax.vjp(run, arrays)[1](given)[0][name] for name in outputs)
 
-    arrays = {name: getattr(operands, name) for name in of}
+    # The bias moves the gradients of the others even where its own was not asked for.
+    arrays = {name: getattr(operands, name) for name in ("q", "k", "v", "bias") if getattr(operands, name) is not None}
     grads, *rest = jax.vjp(pulled, arrays, o_cotangent, lse_cotangent)[1](cotangents)
     return (Operands(**grads), None, None, *rest)
 

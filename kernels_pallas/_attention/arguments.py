@@ -237,7 +237,7 @@ def _check_rate(name: str, rate: Any) -> int:
 
 def _check_seed(name: str, seed: Any, steps: int) -> Any:
     """The seed's two words, uint32 [2]; None when nothing is dropped."""
-    wanted, remedy = "be an int, a 32-bit integer scalar or a typed key", "Draw another one at every training step."
+    wanted, remedy = "be an int, an integer scalar or a typed key", "Pass the step's number, or a key split for it."
     checks.value(
         name, "dropout_seed", seed is not None or not steps, f"{wanted} when `dropout_rate` is not 0", seed, remedy
     )
@@ -249,7 +249,7 @@ def _check_seed(name: str, seed: Any, steps: int) -> Any:
     if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool):
         checks.value(name, "dropout_seed", -(2**31) <= seed < 2**32, "fit into 32 bits", seed)
         return jnp.array([int(seed) % 2**32, 0], jnp.uint32)
-    ok = jnp.shape(seed) == () and jnp.result_type(seed) in (jnp.int32, jnp.uint32)
+    ok = jnp.shape(seed) == () and jnp.issubdtype(jnp.result_type(seed), jnp.integer)
     checks.value(name, "dropout_seed", ok, wanted, f"{jnp.result_type(seed)} {jnp.shape(seed)}", remedy)
     return jnp.stack([jnp.asarray(seed).astype(jnp.uint32), jnp.uint32(0)])
 

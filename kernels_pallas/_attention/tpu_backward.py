@@ -74,7 +74,11 @@ def _backward(config: Config, operands: Operands, o: Any, lse: Any, do: Any, dls
     delta = jnp.where(sees, delta - dlse, 0)
     do = jnp.where(jnp.swapaxes(sees, 1, 2)[..., None], do, 0).astype(dtype)
     plan = _plan(config, operands)
-    stats = jnp.stack([jnp.where(sees, lse, 0) * unit_of(operands.bias), delta], axis=2)  # [B, H, 2, T]
+    # Weights are exp(s - lse): those of queries that see nothing, or are padding, are 0 by this, whatever the bias.
+    lse = jnp.where(sees, lse, jnp.inf) * unit_of(operands.bias)
+    q_block = plan.blocks.q * plan.rows
+    stats = [masks.pad_axis(lse, 2, q_block, value=jnp.inf), masks.pad_axis(delta, 2, q_block)]
+    stats = jnp.stack(stats, axis=2)  # [B, H, 2, T']
     inputs = _prepare(config, operands, plan, do, stats)
     call = partial(_call, config, operands, plan, inputs, interpret)
     if plan.chunks == 1:
@@ -182,7 +186,7 @@ def _prepare(config: Config, operands: Operands, plan: _Plan, do: jax.Array, sta
         x = masks.pad_axis(x, x.ndim - 1, block)
         return jnp.broadcast_to(x[..., None], (*x.shape, LANES))
 
-    stats = masks.pad_axis(masks.pad_axis(stats, 2, 8), 3, q_block)
+    stats = masks.pad_axis(stats, 2, 8)
     inputs = {
         "q": queries(operands.q),
         "do": queries(do),
@@ -199,7 +203,7 @@ def _prepare(config: Config, operands: Operands, plan: _Plan, do: jax.Array, sta
         if x.shape[2] == 1:
             x = jnp.broadcast_to(x, (*x.shape[:3], operands.k.shape[1]))
             inputs[f"{name}_column"] = column(x[:, :, 0], blocks.kv)
-        elif x.shape[3] == 1:
+        elif x.shape[3] == 1 and name == "mask":  # a bias [T, 1] is that of a single key
             inputs[f"{name}_row"] = row(x[..., 0], q_block)
         else:
             inputs[f"{name}_tile"] = masks.pad_axis(masks.pad_axis(x, 2, q_block), 3, blocks.kv)

@@ -123,7 +123,8 @@ def _prepare_backward(
     # A row that sees nothing has no gradient, whatever its cotangents are.
     delta = jnp.where(sees, delta - lse_cotangent, 0)
     o_cotangent = jnp.where(jnp.swapaxes(sees, 1, 2)[..., None], o_cotangent, 0)
-    return config, _prepare(config, operands, sequential, o_cotangent, jnp.where(sees, lse, 0), delta)
+    # Weights are exp(s - lse): those of queries that see nothing are 0 by this, whatever the bias.
+    return config, _prepare(config, operands, sequential, o_cotangent, jnp.where(sees, lse, jnp.inf), delta)
 
 
 def _cut(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -250,10 +251,10 @@ def _prepare(config: Config, operands: Operands, sequential: bool, *cotangents: 
         x = masks.pad_axis(jnp.swapaxes(x, 1, 2), 2, block)
         return x.reshape(*x.shape[:2], -1, block, x.shape[3])
 
-    def line(x: Any, block: int) -> Any:
+    def line(x: Any, block: int, value: Any = 0) -> Any:
         if x is None:
             return None
-        x = masks.pad_axis(jnp.asarray(x), x.ndim - 1, block)
+        x = masks.pad_axis(jnp.asarray(x), x.ndim - 1, block, value=value)
         return x.reshape(x.shape[0], -1 if x.ndim == 3 else 1, x.shape[-1] // block, block)
 
     hidden = masks.masked(config, operands) or S % bk
@@ -271,7 +272,7 @@ def _prepare(config: Config, operands: Operands, sequential: bool, *cotangents: 
     q_positions, kv_positions = masks.positions(operands) if masks.positional(config) else (None, None)
     back = [None] * 3
     if cotangents:
-        back = [heads(cotangents[0], bq), line(cotangents[1], bq), line(cotangents[2], bq)]
+        back = [heads(cotangents[0], bq), line(cotangents[1], bq, jnp.inf), line(cotangents[2], bq)]
     return _Blocks(
         heads(operands.q, bq),
         heads(operands.k, bk),

@@ -26,6 +26,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kernels_pallas import dispatch
 from kernels_pallas._decode_attention.config import Config, Operands, live, merge, precision, reach
 from kernels_pallas._decode_attention.tiles import LANES, Tiles, tpu_tiles
 
@@ -89,8 +90,8 @@ def _parts(config: Config, operands: Operands, tiles: Tiles, interpret: Any) -> 
     o, lse = pl.pallas_call(
         kernel,
         out_shape=(
-            jax.ShapeDtypeStruct((B, splits, rows, v_dim), jnp.float32),
-            jax.ShapeDtypeStruct((B, splits, rows, LANES), jnp.float32),
+            dispatch.output((B, splits, rows, v_dim), jnp.float32),
+            dispatch.output((B, splits, rows, LANES), jnp.float32),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),

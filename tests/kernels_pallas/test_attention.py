@@ -87,7 +87,7 @@ def test_batch_axes_none_and_two():
                                   attention(q, k, v)[5])  # fmt: skip
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla", None])
+@pytest.mark.parametrize("implementation", ["reference", "xla", None, "tpu"])
 def test_nothing_to_attend_to(implementation):
     q, k, v = inputs(S=0)
     o, lse = attention(q, k, v, return_lse=True, implementation=implementation)
@@ -227,6 +227,29 @@ def test_gradient_of_a_bias_under_vmap(axes, lead, x64):
             close(g[lane], w, "float64", condition=10)
 
 
+def test_a_large_shared_bias_leaves_the_padding_of_blocks_alone():
+    q, k, v = inputs(T=130)
+    bias = jnp.full((1, 1, 1, 150), 100.0)
+    scalar = lambda *a, b: jnp.sum(jnp.sin(attention(*a, bias=b, implementation="xla", block_sizes=SMALL)))  # noqa: E731
+    gradients = [jax.grad(lambda *a, b=b: scalar(*a, b=b), (0, 1, 2))(q, k, v) for b in (bias, None)]
+    for g, w in zip(*gradients, strict=True):
+        # Beside 100 a score keeps fewer digits.
+        close(g, w, condition=100)
+
+
+@pytest.mark.parametrize("first", ["q", "v"])
+def test_a_bias_that_is_differentiated_second(first, x64):
+    q, k, v = inputs("float64", T=20, S=30)
+    bias = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 20, 30)))
+
+    def slope(b, of):
+        run = lambda x: jnp.sum(attention(**{"q": q, "k": k, "v": v, first: x}, bias=b, implementation=of) ** 2)  # noqa: E731
+        return jnp.sum(jax.grad(run)(q if first == "q" else v) ** 2)
+
+    got, want = (jax.grad(slope)(bias, of) for of in ("xla", "reference"))
+    close(got, want, "float64", condition=10)
+
+
 def test_second_order_through_a_bias(x64):
     q, k, v = inputs("float64", T=20, S=30)
     bias = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 20, 30)))
@@ -350,7 +373,7 @@ BAD = [
     ({"q_offset": 3, "q_positions": jnp.arange(130)}, ValueError, r"attention: `q_offset` must be 0 beside `q_pos"),
     ({"q_offset": jnp.zeros(3, int)}, ValueError, r"attention: `q_offset` must have shape \(2,\); got \(3,\). One off"),
     ({"q_offset": 1.5}, TypeError, r"attention: `q_offset` must have an integer dtype; got float32. Positions are"),
-    ({"implementation": "gpu"}, NotImplementedError, r"attention: implementation 'gpu' cannot do this call: its te"),
+    ({"implementation": "gpu"}, NotImplementedError, r"attention: implementation 'gpu' cannot do this call: its "),
 ]  # fmt: skip
 
 

@@ -88,6 +88,8 @@ def test_seeds():
     run = lambda s: attention(*arrays, dropout_rate=0.5, dropout_seed=s)  # noqa: E731
     np.testing.assert_array_equal(run(7), run(np.int32(7)))
     np.testing.assert_array_equal(run(7), jax.jit(run)(jnp.uint32(7)))
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(run(7), jax.jit(run)(7))
     assert not np.array_equal(run(7), run(8))
     key = jax.random.key(1)
     np.testing.assert_array_equal(run(key), jax.jit(run)(key))

@@ -140,6 +140,19 @@ def test_lowers_to_the_kernel_of_a_tpu():
         assert "tpu_custom_call" in lowered.as_text()
 
 
+def test_what_the_compiler_divides_itself_is_left_to_xla():
+    mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,))
+    spec = jax.ShapeDtypeStruct((B, T, H, 64), jnp.bfloat16, sharding=NamedSharding(mesh, BATCH))
+    for platform in ("tpu", "cuda"):
+        traced = jax.jit(lambda x: attention(x, x, x, causal=True)).trace(spec)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert "tpu_custom_call" not in text
+        assert "mosaic_gpu" not in text
+    named = jax.jit(lambda x: attention(x, x, x, implementation="tpu")).trace(spec)
+    with pytest.raises(NotImplementedError, match="attention: implementation 'tpu' cannot be divided over devices by"):
+        named.lower(lowering_platforms=("tpu",))
+
+
 @pytest.mark.aot
 def test_compiles_for_sixteen_chips():
     mesh = interpreters.tpu_mesh("v5e:4x4", data=4, heads=4)

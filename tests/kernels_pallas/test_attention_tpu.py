@@ -102,6 +102,16 @@ def test_rows_that_see_nothing_have_no_gradient_and_spoil_none():
     np.testing.assert_array_equal(got[0][:, rows], 0)
 
 
+def test_a_large_bias_leaves_padding_alone():
+    check(SMALL.arrays("float32"), {"bias": jnp.full((1, 1, 1, SMALL.S), 100.0)})
+
+
+def test_the_bias_of_a_single_key_counts():
+    # One key has weight 1 whatever its bias; the cotangent of lse, and a second head, tell a bias that is dropped.
+    arrays = SMALL.arrays("float32", T=20, S=1)
+    check(arrays, {"bias": jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 20, 1)), "float32")})
+
+
 def test_blocks_that_are_never_live_have_zero_gradients():
     arrays = SMALL.arrays("float32", T=500, S=500, H=1)
     ids = jnp.asarray(np.where(np.arange(500) < 256, 0, -1)[None], jnp.int32)

@@ -288,6 +288,31 @@ def test_what_finds_no_room_is_dropped_and_counted(paged):
     close(o[0, 0, 0], dense(normal(1, 1, 1, 2)[0], k, k)[0][0, 0])
 
 
+def test_a_page_that_is_not_there_takes_nothing():
+    cache = init_paged_cache(jnp.array([[3, 0], [1, 2]]), 4, 16, 1, 8)
+    cache = cache._replace(block_table=jnp.array([[3, -1], [1, 9]]), length=jnp.array([16, 16], jnp.int32))
+    token = jnp.ones((2, 1, 1, 8))
+    after = append_to_cache(cache, token, token)
+    np.testing.assert_array_equal(after.k, cache.k)
+    assert after.length.tolist() == [17, 17]
+
+
+def test_a_count_outside_of_its_range_is_taken_into_it():
+    cache = init_cache(2, 8, 1, 4)
+    token = jnp.ones((2, 3, 1, 4))
+    assert append_to_cache(cache, token, token, count=jnp.array([5, -3])).length.tolist() == [3, 0]
+
+
+def test_shard_map_lowers_to_the_kernel_of_a_tpu():
+    mesh = jax.make_mesh((4,), ("rows",), (jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.PartitionSpec("rows")
+    run = lambda q, k, v, n: decode_attention(q, KVCache(k, v, n))  # noqa: E731
+    sharded = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=rows, out_specs=rows))
+    q, k = jax.ShapeDtypeStruct((4, 1, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((4, 256, 1, 64), jnp.bfloat16)
+    traced = sharded.trace(q, k, k, jax.ShapeDtypeStruct((4,), jnp.int32))
+    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
 def test_a_donated_cache_is_written_in_place():
     cache = init_cache(2, 4096, 2, 64)
 
