@@ -273,7 +273,8 @@ plt.show()
 # %% [markdown]
 # Words fall with the queries a block and hardly depend on the keys, but this machine has arithmetic to do and a last
 # level cache that hides most of the traffic: the time is that of the products of the live tiles, plus a price for every
-# tile. With less fast memory, the words decide: this is how the traffic of one head grows as the fast memory shrinks, and where it pays to write the scores out after all: below M = d² / 4 or so.
+# tile. With less fast memory, the words decide: this is how the traffic of one head grows as the fast memory shrinks,
+# and where it pays to write the scores out after all: below M = d² / 4 or so.
 
 # %%
 rooms = np.array([2.0**n for n in range(8, 20)]).astype(int)
