@@ -199,7 +199,7 @@ def _check_number(argument: str, given: Any, *, positive: bool) -> float | None:
     remedy = "" if positive else "Multiply a traced scale into q."
     number = isinstance(given, (int, float, np.integer, np.floating)) and not isinstance(given, bool)
     ok = number and math.isfinite(given) and (given > 0 or not positive)
-    checks.value(_NAME, argument, ok, wanted, given, remedy)
+    checks.value(_NAME, argument, bool(ok), wanted, given, remedy)
     return float(given)
 
 
