@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import records, tpu_schedule
 from kernels_pallas import BlockSizes
-from kernels_pallas._choose_attention_blocks import tpu_windows
+from kernels_pallas._choose_attention_blocks import score_bytes, tpu_windows
 
 RESULTS = records.ROOT / "kernels_pallas" / "_attention_io" / "tpu.json"
 
@@ -48,6 +48,7 @@ FIT = (
     (Work(), (1024, 1024, 1024)),
     (Work(), (128, 128, 128)),
     (Work(causal=True), (1024, 1024, 1024)),
+    (Work(causal=True), (1024, 1024, 512)),
     (Work(dtype="float32"), (512, 512, 512)),
     (Work(dim=256, v_dim=256), (512, 1024, 512)),
 )
@@ -106,15 +107,15 @@ def figures(generation: str, work: Work, blocks: Sequence[int]) -> dict[str, Any
 def fit(compiles: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Constants that bound every one of the compiles.
 
-    `internal_bytes`: what is held beyond the windows and scratch of the model; `score_tiles`: how many float32 tiles of
-    scores the spilled registers are, rounded up to two digits; `step_bundles`: bundles a step takes beside its
-    products.
+    `internal_bytes`: what is held beyond the windows and scratch of the model; `score_tiles`: how many times the
+    scores under way the spilled registers are, rounded up to two digits; `step_bundles`: bundles a step takes beside
+    its products.
     """
     internal, tiles = 0, 0.0
     for compiled in compiles:
         work, blocks = Work(**compiled["work"]), BlockSizes(*compiled["blocks"])
         internal = max(internal, compiled["held_bytes"] - tpu_windows(blocks, work.dim, work.v_dim, work.dtype))
-        tiles = max(tiles, compiled["spilled_bytes"] / (4 * blocks.q * blocks.compute))
+        tiles = max(tiles, compiled["spilled_bytes"] / score_bytes(blocks))
     work, blocks = STEP
     [step] = [c for c in compiles if c["work"] == work._asdict() and c["blocks"] == list(blocks)]
     steps = work.batch * work.heads * (work.length // blocks[0]) * (work.length // blocks[1])

@@ -2,6 +2,6 @@
 
 from kernels_pallas._choose_attention_blocks.api import choose_attention_blocks
 from kernels_pallas._choose_attention_blocks.config import BlockChoice
-from kernels_pallas._choose_attention_blocks.footprint import footprint, tpu_windows
+from kernels_pallas._choose_attention_blocks.footprint import footprint, score_bytes, tpu_windows
 
-__all__ = ["BlockChoice", "choose_attention_blocks", "footprint", "tpu_windows"]
+__all__ = ["BlockChoice", "choose_attention_blocks", "footprint", "score_bytes", "tpu_windows"]

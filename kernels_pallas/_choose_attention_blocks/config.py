@@ -63,9 +63,8 @@ class BlockChoice:
             f"words moved  {cost.words:,} of {self.dtype} ({cost.words_read:,} read, {cost.words_written:,} written), "
             f"{cost.words / cost.least_words:.2f} x the least possible",
             f"working set  {held} of {self.room_bytes / 2**20:.2f} MiB",
-            f"bounds       tight: {cost.tight_bound}; "
-            + ", ".join(f"{name} = {words:.3g}" for name, words in bounds.items())
-            + f" words, at M = {cost.fast_words:,} words in tiles",
+            f"bounds       tight: {cost.tight_bound}, at M = {cost.fast_words:,} words of one tile; in words",
+            "             " + ", ".join(f"{name}: {words:.3g}" for name, words in bounds.items()),
             f"roofline     {hardware.name}: {1e3 * max(arithmetic, traffic):.3g} ms "
             f"(arithmetic {1e3 * arithmetic:.3g}, traffic {1e3 * traffic:.3g}), so "
             f"{'arithmetic' if arithmetic >= traffic else 'traffic'} decides",

@@ -10,6 +10,8 @@ from kernels_pallas._attention import BlockSizes, accumulator
 from kernels_pallas._attention_io import HwSpec, attention_io, tpu_constants, tpu_generation
 
 _LANES = 128
+# Keys a step from which the TPU kernel leaves it to the compiler to overlap products and exponentials.
+_LONG_TILE = 1024
 # Rows of queries that a thread block of the Hopper kernel owns, and key blocks that are in flight at once.
 _GPU_ROWS, _GPU_STAGES = 128, 2
 
@@ -30,8 +32,14 @@ def footprint(hardware: HwSpec, blocks: BlockSizes, D: int, Dv: int, dtype: Any)
 def _tpu(hardware: HwSpec, blocks: BlockSizes, D: int, Dv: int, dtype: Any) -> int:
     """Windows and scratch, what the compiler adds, and the tiles of scores it keeps for want of registers."""
     constants = tpu_constants(tpu_generation(hardware))
-    scores = constants["score_tiles"] * 4 * blocks.q * blocks.compute
+    scores = constants["score_tiles"] * score_bytes(blocks)
     return int(tpu_windows(blocks, D, Dv, dtype) + constants["internal_bytes"] + scores)
+
+
+def score_bytes(blocks: BlockSizes) -> int:
+    """Bytes of the float32 scores under way: with short tiles the next product stands before the softmax of this."""
+    under_way = 1 if blocks.compute >= _LONG_TILE else min(2, blocks.kv // blocks.compute)
+    return 4 * blocks.q * blocks.compute * under_way
 
 
 def tpu_windows(blocks: BlockSizes, D: int, Dv: int, dtype: Any) -> int:
