@@ -2,11 +2,9 @@
 
 from kernels_pallas._attention_io.api import attention_io, check_window
 from kernels_pallas._attention_io.config import IOCost
-from kernels_pallas._attention_io.hardware import NAMES as HARDWARE_NAMES
 from kernels_pallas._attention_io.hardware import HwSpec, hardware_of, tpu_constants, tpu_generation
 
 __all__ = [
-    "HARDWARE_NAMES",
     "HwSpec",
     "IOCost",
     "attention_io",

@@ -128,14 +128,14 @@ def _blocks(
     if block_q is None and block_kv is None:
         checks.value(_NAME, "fast_words", fast_words is not None, "be given without block sizes", fast_words)
         _check_size("fast_words", fast_words)
-        return _fitting(problem, fast_words, schedule, backward)
+        return _fitting(problem, int(fast_words or 0), schedule, backward)
     for argument, size, other in (("block_q", block_q, "block_kv"), ("block_kv", block_kv, "block_q")):
         checks.value(_NAME, argument, size is not None, f"be given with `{other}`", size)
         _check_size(argument, size)
     checks.value(_NAME, "fast_words", fast_words is None, "be None beside block sizes", fast_words)
     if schedule == "small":
         checks.value(_NAME, "block_kv", block_kv == block_q, f"be {block_q}, as `block_q`: tiles are square", block_kv)
-    return block_q, block_kv
+    return int(block_q or 0), int(block_kv or 0)
 
 
 def _fitting(problem: counts.Problem, M: int, schedule: str, backward: bool) -> tuple[int, int]:
@@ -144,7 +144,8 @@ def _fitting(problem: counts.Problem, M: int, schedule: str, backward: bool) -> 
         checks.value(_NAME, "fast_words", M >= 4, "be at least 4, three tiles of one number and its statistic", M)
         # The largest t with 3 t^2 + t <= M.
         tile = (math.isqrt(12 * M + 1) - 1) // 6
-        return (min(tile, max(T, S, D, Dv)),) * 2
+        tile = min(tile, max(T, S, D, Dv))
+        return tile, tile
     if backward:
         # Both passes are paid for by their own block; equal ones are the middle of the road.
         def holds(b: int) -> bool:

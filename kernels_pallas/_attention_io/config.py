@@ -28,8 +28,8 @@ class IOCost:
       steps: tiles of scores that are computed.
       block_q: queries a tile.
       block_kv: keys a tile.
-      scores: pairs of a query and a key there are, T S; `width`: mean head dimension, (D + Dv) / 2.
-      width: see `scores`.
+      scores: pairs of a query and a key, T S.
+      width: mean head dimension, (D + Dv) / 2.
     """
 
     schedule: str
