@@ -56,7 +56,7 @@ def test_main_writes_what_it_chose(tmp_path, monkeypatch):
     monkeypatch.setattr(tpu_schedule, "measure", measure)
     path = tmp_path / "table.json"
     assert tpu_blocks.main(["--direction", "forward", "--case", "full", "--table", str(path)]) == 0
-    best = [512, 2048, 512]
+    best = [256, 4096, 1024]
     names = ("default", *tpu_schedule.TOPOLOGIES)
     assert json.loads(path.read_text()) == {"forward": {"full": dict.fromkeys(names, best)}}
     assert path.read_text() == tpu_blocks.render(json.loads(path.read_text()))
