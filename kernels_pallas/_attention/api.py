@@ -79,7 +79,8 @@ def attention(
         Mosaic GPU; Hopper, float16 and bfloat16, no bias, mask or dropout, heads of at most 256), "xla" (chunked,
         linear memory, fast on CPUs) or "reference" (dense, the specification). A named one that cannot do a call
         raises; None always works. A program exported for CUDA where no GPU is present is for Hopper.
-      block_sizes: of the tiles; default by implementation, flags and dtype. Only speed depends on it.
+      block_sizes: of the tiles of `xla` and `tpu`; default by implementation, flags and dtype. `gpu` has its own. Only
+        speed depends on it.
 
     Returns:
       o [*B, T, Hq, Dv] in the dtype of q; with `return_lse` the pair (o, lse [*B, Hq, T] in float32, or float64 for

@@ -247,11 +247,12 @@ def _check_seed(name: str, seed: Any, steps: int) -> Any:
         checks.shape(name, dropout_seed=(seed, ""), remedy="Split keys are for jax.vmap.")
         return jax.random.bits(seed, (2,), jnp.uint32)
     if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool):
-        checks.value(name, "dropout_seed", -(2**31) <= seed < 2**32, "fit into 32 bits", seed)
+        checks.value(name, "dropout_seed", bool(-(2**31) <= seed < 2**32), "fit into 32 bits", seed)
         return jnp.array([int(seed) % 2**32, 0], jnp.uint32)
-    ok = jnp.shape(seed) == () and jnp.issubdtype(jnp.result_type(seed), jnp.integer)
-    checks.value(name, "dropout_seed", ok, wanted, f"{jnp.result_type(seed)} {jnp.shape(seed)}", remedy)
-    return jnp.stack([jnp.asarray(seed).astype(jnp.uint32), jnp.uint32(0)])
+    got = jnp.asarray(seed)
+    ok = got.shape == () and jnp.issubdtype(got.dtype, jnp.integer)
+    checks.value(name, "dropout_seed", bool(ok), wanted, f"{got.dtype} {got.shape}", remedy)
+    return jnp.stack([got.astype(jnp.uint32), jnp.uint32(0)])
 
 
 def _default_scale(scale: float | None, dim: int) -> float:

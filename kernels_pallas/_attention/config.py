@@ -102,7 +102,7 @@ def tpu_blocks(
     blocks = config.blocks
     if blocks is None:
         row = _tpu_table()["backward" if backward else "forward"][tpu_case(config, operands)]
-        sizes = row.get(generation or _tpu_generation(), row["default"])
+        sizes = row.get(generation or _tpu_generation() or "default", row["default"])
         # Wider heads than those of the table take blocks of half the length.
         blocks = BlockSizes(*(max(_LANES, size // 2) if _width(operands) > 1024 else size for size in sizes))
     up = lambda n, m: -(-n // m) * m  # noqa: E731

@@ -108,7 +108,7 @@ def _forward(config: Config, operands: Operands, interpret: Any) -> tuple[jax.Ar
             jax.ShapeDtypeStruct((B, T, H, v_dim), q.dtype),
             jax.ShapeDtypeStruct((B, H, rows * _ROWS * _WARPGROUPS), jnp.float32),
         ),
-        scratch_types=_scratch(plan, D, v_dim, q.dtype),
+        scratch_types=(_scratch(plan, D, v_dim, q.dtype),),
         grid=(H, rows, B),
         grid_names=("head", "row", "batch"),
         num_threads=_WARPGROUPS + 1,
@@ -131,7 +131,26 @@ def _ring(D: int, v_dim: int) -> tuple[int, int]:
     return kv, stages
 
 
-def _scratch(plan: _Plan, D: int, v_dim: int, dtype: Any) -> dict[str, Any]:
+class _Scratch(NamedTuple):
+    """Shared memory: tiles of the two warpgroups and of the ring, and barriers; None for what a call does without."""
+
+    q_tiles: Any
+    k_tiles: Any
+    v_tiles: Any
+    lse_rows: Any
+    q_ready: Any
+    k_ready: Any
+    v_ready: Any
+    k_free: Any
+    v_free: Any
+    turn: Any
+    kv_positions: Any = None
+    kv_segments: Any = None
+    o_tiles: Any = None
+    p_tiles: Any = None
+
+
+def _scratch(plan: _Plan, D: int, v_dim: int, dtype: Any) -> _Scratch:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     def tiles(count: int, rows: int, columns: int) -> Any:
@@ -156,7 +175,7 @@ def _scratch(plan: _Plan, D: int, v_dim: int, dtype: Any) -> dict[str, Any]:
         scratch["o_tiles"] = tiles(_WARPGROUPS, _ROWS, v_dim)
     if plan.interpreted:
         scratch["p_tiles"] = tiles(_WARPGROUPS, _ROWS, plan.kv)
-    return scratch
+    return _Scratch(**scratch)
 
 
 # --- What is seen. ----------------------------------------------------------------------------------------------------
@@ -265,26 +284,26 @@ def _seen(
 # --- The kernel. ------------------------------------------------------------------------------------------------------
 
 
-def _kernel(plan: _Plan, *refs: Any, **scratch: Any) -> None:
+def _kernel(plan: _Plan, *refs: Any) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     inputs = dict(zip(plan.names, refs, strict=False))
-    o_ref, lse_ref = refs[len(plan.names) :]
+    o_ref, lse_ref, scratch = refs[len(plan.names) :]
     at = _place(plan, inputs)
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < _WARPGROUPS)
     def _() -> None:
         plgpu.set_max_registers(240, action="increase")
-        _compute(plan, inputs, at, warpgroup, o_ref, lse_ref, **scratch)
+        _compute(plan, inputs, at, warpgroup, o_ref, lse_ref, scratch)
 
     @pl.when(warpgroup == _WARPGROUPS)
     def _() -> None:
         plgpu.set_max_registers(24, action="decrease")
-        _produce(plan, inputs, at, **scratch)
+        _produce(plan, inputs, at, scratch)
 
 
-def _produce(plan: _Plan, inputs: dict[str, Any], at: _Place, **scratch: Any) -> None:
+def _produce(plan: _Plan, inputs: dict[str, Any], at: _Place, scratch: _Scratch) -> None:
     """Send the blocks of keys and values, each as soon as the ring has room."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -294,15 +313,16 @@ def _produce(plan: _Plan, inputs: dict[str, Any], at: _Place, **scratch: Any) ->
         slot = _slot(plan, n)
         source = (at.batch, pl.ds(at.block(n) * plan.kv, plan.kv), head)
         for name in ("k", "v"):
-            pl.when(n >= plan.stages)(lambda name=name: plgpu.barrier_wait(scratch[f"{name}_free"].at[slot]))
-            tile, ready = scratch[f"{name}_tiles"].at[slot], scratch[f"{name}_ready"].at[slot]
-            plgpu.copy_gmem_to_smem(inputs[name].at[source], tile, ready)
+            tiles, ready, free = (getattr(scratch, f"{name}_{part}") for part in ("tiles", "ready", "free"))
+            pl.when(n >= plan.stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+            plgpu.copy_gmem_to_smem(inputs[name].at[source], tiles.at[slot], ready.at[slot])
         # Where keys stand and to what they belong comes with their values, which are kept until the block is done with.
         for name in ("kv_positions", "kv_segments"):
             if name in inputs:
                 marks = inputs[name]
                 line = at.batch if marks.shape[0] > 1 else 0
-                plgpu.copy_gmem_to_smem(marks.at[line, source[1]], scratch[name].at[slot], scratch["v_ready"].at[slot])
+                held = getattr(scratch, name).at[slot]
+                plgpu.copy_gmem_to_smem(marks.at[line, source[1]], held, scratch.v_ready.at[slot])
 
     lax.fori_loop(jnp.int32(0), at.last() + 1, step, None)
 
@@ -318,23 +338,14 @@ def _compute(
     warpgroup: Any,
     o_ref: Any,
     lse_ref: Any,
-    *,
-    q_tiles: Any,
-    k_tiles: Any,
-    v_tiles: Any,
-    lse_rows: Any,
-    q_ready: Any,
-    k_ready: Any,
-    v_ready: Any,
-    k_free: Any,
-    v_free: Any,
-    turn: Any,
-    o_tiles: Any = None,
-    p_tiles: Any = None,
-    **marks: Any,
+    scratch: _Scratch,
 ) -> None:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    q_tiles, k_tiles, v_tiles, lse_rows, *barriers = scratch[:10]
+    q_ready, k_ready, v_ready, k_free, v_free, turn = barriers
+    o_tiles, p_tiles = scratch.o_tiles, scratch.p_tiles
+    marks = {"kv_positions": scratch.kv_positions, "kv_segments": scratch.kv_segments}
     start = at.row * (_ROWS * _WARPGROUPS) + warpgroup * _ROWS
     span = pl.ds(start, _ROWS)
     plgpu.copy_gmem_to_smem(inputs["q"].at[at.batch, span, at.head], q_tiles.at[warpgroup], q_ready.at[warpgroup])
