@@ -128,5 +128,5 @@ def test_no_case_of_tokamax_passes_with_theirs_and_fails_with_ours(tmp_path):
     for record in (whole, parts):
         others = {name: why for name, why in record["why"]["not_applicable"].items() if "Awaiting Bug Fixes" not in why}
         assert set(others.values()) <= set(tokamax_cases.NOT_OFFERED.values())
-        assert record["counts"]["passed"] > 2 * record["counts"]["failed_by_both"]
+        assert record["counts"]["passed"] > record["counts"]["failed_by_both"]
     print(done.stdout)

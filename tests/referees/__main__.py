@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-# Tokamax splits its inputs over every device there is. Set before jax starts a backend.
+# Tokamax splits its inputs over every device there is, and some have axes of 4. Set before jax starts a backend.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
 import argparse
 import dataclasses

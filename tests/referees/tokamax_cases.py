@@ -23,7 +23,7 @@ NOT_OFFERED = {
 _SKIPPED_FOR_TIME = "Too slow for OSS"
 
 
-# One device, then inputs split over eight.
+# One device, then inputs split over several.
 CLASSES = ("AttentionTestBase", "AttentionManualPartitioningTestBase")
 
 
@@ -62,7 +62,7 @@ def _run(ours: type, theirs: type) -> Outcome:
         elif result.wasSuccessful():
             outcome.passed.append(name)
         else:
-            # Some ask for equal bits on one device and on eight.
+            # Some ask for equal bits on one device and on several.
             bucket = outcome.failed if _result(theirs, name).wasSuccessful() else outcome.failed_by_both
             bucket[name] = (result.errors + result.failures)[0][1].strip()[-600:]
     return outcome
