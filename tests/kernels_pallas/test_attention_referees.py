@@ -119,14 +119,15 @@ def test_no_case_of_tokamax_passes_with_theirs_and_fails_with_ours(tmp_path):
     if importlib.util.find_spec("tokamax") is None:
         pytest.fail('this test needs tokamax: pip install "jaxnum[referee]" (Python 3.12)')
     results = tmp_path / "referees.json"
-    # A process of its own: marks and warnings there are theirs.
-    command = [sys.executable, "-m", "tests.referees", "--referee", "tokamax", "--results", str(results)]
+    # A process of its own: marks and warnings there are theirs. Their class for several devices takes as long again; it
+    # is left to the program, which writes what it finds to benchmarks/results/referees.json.
+    command = [sys.executable, "-m", "tests.referees", "--referee", "tokamax", "--cases", "AttentionTestBase"]
+    command += ["--results", str(results)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    whole, parts = records.read(results)
-    assert whole["counts"]["failed_by_both"] == 0
-    for record in (whole, parts):
-        others = {name: why for name, why in record["why"]["not_applicable"].items() if "Awaiting Bug Fixes" not in why}
-        assert set(others.values()) <= set(tokamax_cases.NOT_OFFERED.values())
-        assert record["counts"]["passed"] > record["counts"]["failed_by_both"]
+    [record] = records.read(results)
+    others = {name: why for name, why in record["why"]["not_applicable"].items() if "Awaiting Bug Fixes" not in why}
+    assert set(others.values()) <= set(tokamax_cases.NOT_OFFERED.values())
+    assert record["counts"]["failed_by_both"] == 0
+    assert record["counts"]["passed"] > record["counts"]["not_applicable"]
     print(done.stdout)
