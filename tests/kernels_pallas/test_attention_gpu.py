@@ -170,10 +170,10 @@ def test_interpreter_finds_each_wait_that_tiles_need(monkeypatch, forgotten):
 
     kernel, wait = gpu._kernel, plgpu.barrier_wait
 
-    def without_one(plan, *refs, **scratch):
-        chosen = scratch[forgotten]
+    def without_one(plan, *refs):
+        chosen = getattr(refs[-1], forgotten)
         monkeypatch.setattr(plgpu, "barrier_wait", lambda barrier: None if barrier.ref is chosen else wait(barrier))
-        kernel(plan, *refs, **scratch)
+        kernel(plan, *refs)
 
     monkeypatch.setattr(gpu, "_kernel", without_one)
     config, operands = call(T=60, S=300, D=128, V=128)
