@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu_code, gpu_compiler
+from kernels_pallas import attention
 from kernels_pallas._attention import gpu, reference
 from kernels_pallas._attention.config import Config, Operands
 from tests import interpreters
@@ -283,3 +284,20 @@ def test_takes_no_arrays_over_scores(name):
     config, operands = call()
     operands = operands._replace(**{name: jnp.ones((1, 1, 70, 70), bool if name == "mask" else "float32")})
     assert re.search(f"no {name}", gpu.unsupported(config, operands))
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
+def test_one_export_holds_the_kernels_of_all_platforms(gradient):
+    arrays = call(T=70, S=70, H=2, K=1)[1][:3]
+
+    def forward(q, k, v):
+        return attention(q, k, v, causal=True)
+
+    function = jax.grad(lambda *a: jnp.sum(forward(*a).astype(jnp.float32)), (0, 1, 2)) if gradient else forward
+    exported = jax.export.export(jax.jit(function), platforms=("cpu", "tpu", "cuda"))(*arrays)
+    text = exported.mlir_module()
+    assert "tpu_custom_call" in text
+    assert "mosaic_gpu" in text
+    reloaded = jax.export.deserialize(exported.serialize())
+    for x in jax.tree.leaves(reloaded.call(*arrays)):
+        assert np.all(np.isfinite(np.asarray(x, np.float32)))
