@@ -12,6 +12,7 @@ import numpy as np
 
 from kernels_pallas import cache as caches
 from kernels_pallas import checks, dispatch
+from kernels_pallas._attention import check_number
 from kernels_pallas._decode_attention import reference, xla
 from kernels_pallas._decode_attention.config import Config, Operands, accumulator
 from kernels_pallas._decode_attention.tiles import not_on_gpu, not_on_tpu
@@ -146,10 +147,10 @@ def prepare(
     checks.dtype(_NAME, "floating", sinks=sinks)
     splits_ok = num_splits is None or (_is_int(num_splits) and num_splits >= 1)
     checks.value(_NAME, "num_splits", splits_ok, "be a whole number >= 1", num_splits)
-    given = _check_number("scale", scale, positive=False)
+    given = check_number(_NAME, "scale", scale, positive=False)
     config = Config(
         _check_window(window),
-        _check_number("soft_cap", soft_cap, positive=True),
+        check_number(_NAME, "soft_cap", soft_cap, positive=True),
         max(D, 1) ** -0.5 if given is None else given,
         None if num_splits is None else int(num_splits),
     )
@@ -190,17 +191,6 @@ def _check_window(window: Any) -> int | None:
     checks.value(_NAME, "window", ok, "be a pair (left, right) of ints >= 0 or None", window)
     left = window[0]
     return None if left is None or left >= _FARTHEST else int(left)
-
-
-def _check_number(argument: str, given: Any, *, positive: bool) -> float | None:
-    if given is None:
-        return None
-    wanted = "be a positive Python number" if positive else "be a finite Python number"
-    remedy = "" if positive else "Multiply a traced scale into q."
-    number = isinstance(given, (int, float, np.integer, np.floating)) and not isinstance(given, bool)
-    ok = number and math.isfinite(given) and (given > 0 or not positive)
-    checks.value(_NAME, argument, bool(ok), wanted, given, remedy)
-    return float(given)
 
 
 def _check_implementation(implementation: str | None, config: Config, operands: Operands) -> None:

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas._attention import accumulator as accumulator
+from kernels_pallas._attention import precision as precision
+
 
 @dataclass(frozen=True)
 class Config:
@@ -97,14 +100,3 @@ def merge(o: jax.Array, lse: jax.Array, sinks: jax.Array | None) -> tuple[jax.Ar
     l = jnp.where(sees, l, 1)
     o = jnp.sum(w[..., None] * o, axis=1) / l[..., None]
     return o, jnp.where(sees, safe + jnp.log(l), -jnp.inf)
-
-
-def accumulator(dtype: Any) -> Any:
-    """Scores, statistics and sums are kept in float32, or in float64 when the queries are."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def precision(dtype: Any) -> jax.lax.Precision:
-    """Full precision for float32 and float64 products; an accelerator's default would round their operands."""
-    wide = jnp.dtype(dtype).itemsize >= 4
-    return jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT
