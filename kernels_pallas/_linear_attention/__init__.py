@@ -1,0 +1,1 @@
+"""Linear attention: a matrix state per head, updated by every token, with decay."""
