@@ -10,7 +10,6 @@ o_i = read_i S^T q_i + sum_j D_ij (q_i . k_j) v_j, and S' = read_C S + sum_j wri
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,8 +46,6 @@ def unsupported(config: Config, operands: Operands) -> str | None:
         return "it takes no decay per key channel"
     if q.shape[3] > _WIDEST:
         return f"its registers hold states of at most {_WIDEST} key channels"
-    if q.shape[1] == 0:
-        return "it needs a token at least"
     return None
 
 
@@ -190,8 +187,7 @@ class _Scratch(NamedTuple):
     state_tile: Any
     full: Any
     q_tiles: Any = None
-    p_tile: Any = None
-    o_tile: Any = None
+    p_tile: Any = None  # D times q . k; then o on its way out
     rows: Any = None
 
 
@@ -215,7 +211,6 @@ def _scratch(plan: _Plan, K: int, dtype: Any) -> _Scratch:
     if "q" in plan.names:
         scratch["q_tiles"] = tile(_STAGES, CHUNK, K, dtype=dtype)
         scratch["p_tile"] = tile(CHUNK, CHUNK, dtype=dtype)
-        scratch["o_tile"] = tile(CHUNK, _COLUMNS, dtype=dtype)
     if "rows" in plan.names:
         scratch["rows"] = plgpu.SMEM((_STAGES, 4, CHUNK), jnp.float32)
     return _Scratch(**scratch)
@@ -296,14 +291,14 @@ def _step(
         plgpu.copy_smem_to_gmem(held, outputs["states"].at[at.batch, at.head, chunk, :, at.columns])
     plgpu.barrier_wait(scratch.full.at[slot])
     if "o" in outputs:
-        scratch.o_tile[...] = _read(plan, rows, slot, v, scratch).astype(v.dtype)
+        scratch.p_tile[...] = _read(plan, rows, slot, v, scratch).astype(v.dtype)
     if rows is not None:
         weight = line(rows, READ if plan.reverse else WRITE, 0, (CHUNK, _COLUMNS))
         v[...] = (compat.gpu_load(v, layout=plgpu.Layout.WGMMA).astype(jnp.float32) * weight).astype(v.dtype)
     plgpu.commit_smem()
     if "o" in outputs:
         span = pl.ds(chunk * CHUNK, CHUNK)
-        plgpu.copy_smem_to_gmem(scratch.o_tile, outputs["o"].at[at.batch, span, at.head, at.columns])
+        plgpu.copy_smem_to_gmem(scratch.p_tile, outputs["o"].at[at.batch, span, at.head, at.columns])
     added = product(k.transpose((1, 0)), v)
     return added + (state if rows is None else state * rows[READ, CHUNK - 1])
 
