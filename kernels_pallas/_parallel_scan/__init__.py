@@ -1,0 +1,3 @@
+"""Recurrences that are diagonal in the state; the public names are in `kernels_pallas`."""
+
+from kernels_pallas._parallel_scan._linear_scan.api import linear_scan as linear_scan

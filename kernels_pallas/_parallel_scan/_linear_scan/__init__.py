@@ -1,0 +1,1 @@
+"""The elementwise linear recurrence; its public name is in `kernels_pallas`."""
