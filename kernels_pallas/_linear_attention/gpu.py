@@ -134,7 +134,7 @@ class _Plan(NamedTuple):
     names: tuple[str, ...]  # of its inputs
     outputs: tuple[str, ...]
     chunks: int
-    scale: float  # of o, in the copies of the state that products read
+    scale: float  # of q . k
     reverse: bool  # from the last chunk to the first
 
 
@@ -150,11 +150,11 @@ def scan(
 
     Args:
       inputs: k [B, T, H, K], v [B, T, H, V], state [B, H, K, V], rows if anything decays, and q if o is wanted.
-      outputs: which of "o" [B, T, H, V], "final" [B, H, K, V] and "states" [B, H, N, K, V] are wanted, in this order:
-        the last are scale times the state before each chunk, in the dtype of the inputs.
+      outputs: which of "o" [B, T, H, V], "final" [B, H, K, V] and "states" [B, H, N, K, V] are wanted, in what order.
+        The last are those before each chunk, in the dtype of the inputs.
       scale: of q . k.
-      reverse: go from the last chunk to the first, where a token is added with READ instead of WRITE. This is how the
-        cotangent of the state goes, with q and o's cotangent for k and v; "states" are then those after each chunk.
+      reverse: go from the last chunk to the first, where a token is added with scale READ instead of WRITE. This is how
+        the cotangent of the state goes, with q and o's cotangent for k and v; "states" are then those after each chunk.
       interpret: an interpreter's parameters.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -283,7 +283,7 @@ def _step(
     # What the step before left in shared memory is on its way out.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     if plan.outputs != ("final",):
-        held[...] = (state * plan.scale).astype(held.dtype)
+        held[...] = state.astype(held.dtype)
     # Behind this every warp is done with the step before, whose slot of the ring is then free.
     plgpu.commit_smem()
     pl.when(n + (_STAGES - 1) < plan.chunks)(lambda: _send(plan, inputs, at, n + (_STAGES - 1), scratch))
@@ -300,6 +300,8 @@ def _step(
         span = pl.ds(chunk * CHUNK, CHUNK)
         plgpu.copy_smem_to_gmem(scratch.p_tile, outputs["o"].at[at.batch, span, at.head, at.columns])
     added = product(k.transpose((1, 0)), v)
+    if plan.reverse:
+        added = added * plan.scale
     return added + (state if rows is None else state * rows[READ, CHUNK - 1])
 
 
@@ -318,8 +320,7 @@ def _read(plan: _Plan, rows: Any, slot: Any, v: Any, scratch: _Scratch) -> jax.A
 
     o = pl.run_scoped(early, *(plgpu.ACC((CHUNK, size), jnp.float32) for size in (CHUNK, _COLUMNS)))
     plgpu.commit_smem()
-    if rows is not None:
-        o = o * line(rows, READ, 0, o.shape)
+    o = o * (plan.scale if rows is None else plan.scale * line(rows, READ, 0, o.shape))
     return o + product(p, v)
 
 
@@ -345,16 +346,20 @@ def line(rows: Any, which: int, axis: int, shape: tuple[int, int]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, (axis,))
 
 
-def decays(rows: Any, axis: int, *, strictly: bool = False) -> jax.Array:
-    """D of a chunk, float32; its readers i run along `axis`, tokens j along the other."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    shape = (CHUNK, CHUNK)
-    i, j = (plgpu.broadcasted_iota(jnp.int32, shape, at, layout=plgpu.Layout.WGMMA) for at in (axis, 1 - axis))
-    seen = i > j if strictly else i >= j
+def decays(rows: Any, axis: int) -> jax.Array:
+    """D of a chunk, float32; its readers i run along `axis`, the tokens j along the other."""
+    seen = later(axis, itself=True)
     if rows is None:
         return jnp.where(seen, 1.0, 0.0)
+    shape = (CHUNK, CHUNK)
     coarse, rest = (line(rows, part, axis, shape) - line(rows, part, 1 - axis, shape) for part in (COARSE, REST))
     return jnp.exp(jnp.where(seen, coarse + rest, -jnp.inf))
 
 
+def later(axis: int, *, itself: bool = False) -> jax.Array:
+    """Which tokens of a chunk, along `axis`, come after which others, along the other axis."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    shape, layout = (CHUNK, CHUNK), plgpu.Layout.WGMMA
+    i, j = (plgpu.broadcasted_iota(jnp.int32, shape, at, layout=layout) for at in (axis, 1 - axis))
+    return i >= j if itself else i > j
