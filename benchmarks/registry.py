@@ -101,6 +101,18 @@ EXEMPT = {
     "gauss_newton_bartlett": "one gradient of the user's model, which costs what the model costs",
     "attention_io": "a count of words on paper: nothing is traced or compiled",
     "strict": "a check at trace time: it leaves no trace in the compiled update",
+    "lightning_attention": "one call of linear_attention, which has a row",
+    "lightning_attention_slopes": "a few numbers a model",
+    "retention": "one call of linear_attention, which has a row",
+    "norm_attention": "calls of linear_attention, which has a row",
+    "diag_attention": "attention, which has a row, on short blocks",
+    "srmsnorm": "one pass over its input, which XLA fuses",
+    "elu1": "one pass over its input, which XLA fuses",
+    "t2r": "one matrix product",
+    "taylor2": "one pass over its output, which XLA fuses",
+    "hedgehog": "one matrix product and a softmax",
+    "hedgehog_distillation_loss": "two score matrices a chunk, computed as they stand",
+    "transnormer_block": "linear_attention, which has a row, between matrix products",
 }
 
 
@@ -149,7 +161,7 @@ def shapes(name: str) -> Mapping[str, Params]:
 def public_methods() -> set[str]:
     """Names of every public function of the rooms."""
     names = set()
-    for package in ("jaxnum.transforms", "jaxnum.solvers", "jaxnum.curvature", "kernels_pallas"):
+    for package in ("jaxnum.transforms", "jaxnum.solvers", "jaxnum.curvature", "jaxnum.sequence", "kernels_pallas"):
         module = importlib.import_module(package)
         listed = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
         for name in listed:

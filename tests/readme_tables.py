@@ -25,6 +25,7 @@ HEADINGS = {
     "jaxnum.transforms": "Gradient transforms",
     "jaxnum.solvers": "Solvers, and what composes them",
     "jaxnum.curvature": "Curvature",
+    "jaxnum.sequence": "Sequence layers, and what they are made of",
     "kernels_pallas": "Kernels",
 }
 COLUMNS = (

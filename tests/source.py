@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("jaxnum", "kernels_pallas")
-ROOMS = ("jaxnum.transforms", "jaxnum.solvers", "jaxnum.curvature", "kernels_pallas")
+ROOMS = ("jaxnum.transforms", "jaxnum.solvers", "jaxnum.curvature", "jaxnum.sequence", "kernels_pallas")
 
 
 class Name(NamedTuple):

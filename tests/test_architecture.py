@@ -100,7 +100,11 @@ def skeleton(tmp_path_factory):
     """Empty packages of the house's shape, under its own contracts."""
     folder = tmp_path_factory.mktemp("skeleton")
     files = ["kernels_pallas/checks.py", "kernels_pallas/_attention/__init__.py", "jaxnum/verbs.py"]
-    files += [f"jaxnum/{room}/{file}.py" for room in ("transforms", "solvers", "curvature", "core") for file in "ab"]
+    files += [
+        f"jaxnum/{room}/{file}.py"
+        for room in ("transforms", "solvers", "curvature", "sequence", "core")
+        for file in "ab"
+    ]
     for file in [*files, "jaxnum/tour/a.py"]:
         path = folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +186,7 @@ def test_one_name_finds_file_test_and_row(name):
 
 
 def test_every_file_of_a_method_gives_a_public_name():
-    rooms = {"transforms", "solvers", "curvature"}
+    rooms = {"transforms", "solvers", "curvature", "sequence"}
     files = {
         path.stem[1:]
         for m, path in source.modules()
