@@ -22,6 +22,7 @@ from jaxnum.sequence._elu1 import elu1
 from jaxnum.sequence._hedgehog import hedgehog, hedgehog_distillation_loss
 from jaxnum.sequence._lightning_attention import lightning_attention, lightning_attention_slopes
 from jaxnum.sequence._norm_attention import norm_attention
+from jaxnum.sequence._prefix_linear_attention import prefix_linear_attention
 from jaxnum.sequence._retention import retention
 from jaxnum.sequence._short_convolution import short_convolution, short_convolution_step
 from jaxnum.sequence._srmsnorm import srmsnorm
@@ -41,6 +42,7 @@ __all__ = [
     "lightning_attention",
     "lightning_attention_slopes",
     "norm_attention",
+    "prefix_linear_attention",
     "retention",
     "short_convolution",
     "short_convolution_step",

@@ -39,7 +39,7 @@ def taylor2(dim: int) -> feature_map.FeatureMap:
       (15, 5.0)
     """
     layer.check_sizes("taylor2", {"dim": dim})
-    rows, columns = np.triu_indices(dim)
+    rows, columns = (i.astype(np.int32) for i in np.triu_indices(dim))
     scale = np.where(rows == columns, math.sqrt(0.5), 1.0)
 
     def apply(params: feature_map.PyTree, x: jax.Array) -> jax.Array:
