@@ -15,11 +15,6 @@ IMPLEMENTATIONS = (None, "reference", "xla", "tpu", "gpu")
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 
 
-def accumulator(dtype: Any) -> Any:
-    """States and sums are kept in float32, or in float64 when the inputs are."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def check_flag(name: str, argument: str, given: Any) -> bool:
     """A Python bool; a traced one would need another program."""
     checks.value(name, argument, isinstance(given, (bool, np.bool_)), "be a Python bool", given)

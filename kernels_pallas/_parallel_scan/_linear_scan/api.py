@@ -14,13 +14,13 @@ from kernels_pallas._parallel_scan._linear_scan import reference, xla
 from kernels_pallas._parallel_scan._linear_scan.config import Config, Operands
 from kernels_pallas._parallel_scan.arguments import (
     DTYPES,
-    accumulator,
     check_flag,
     check_implementation,
     not_on_gpu,
     not_on_tpu,
 )
 from kernels_pallas._parallel_scan.segments import Marks, marks
+from kernels_pallas.recurrence import accumulator
 
 _NAME = "linear_scan"
 _COMPLEX = (
@@ -70,8 +70,8 @@ def linear_scan(
       and h. Steps that double hold a few times the outputs.
 
     Numerics: the state is kept in float32 (float64 for float64 inputs). A decay of exactly 0 forgets the state even
-      where it is infinite, except in "reference". Implementations add in different orders, and agree up to rounding. The
-      gradient of 16-bit inputs reads h as it was returned, rounded.
+      where it is infinite, except in "reference". Implementations add in different orders and agree up to rounding.
+      The gradient of 16-bit inputs reads h as it was returned, rounded.
 
     Derivatives: with respect to a, b and the initial state, in reverse mode of any order, each pass a linear scan; all
       modes through "reference".

@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-
 
 @dataclass(frozen=True)
 class Config:
@@ -28,8 +25,3 @@ class Operands(NamedTuple):
     a: Any
     b: Any
     initial: Any
-
-
-def times(a: jax.Array, h: jax.Array) -> jax.Array:
-    """The product, in which a zero a forgets h whatever it is: infinite, NaN, or a zero with a sign."""
-    return jnp.where(a == 0, 0, a * h)

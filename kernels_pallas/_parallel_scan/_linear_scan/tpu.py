@@ -20,7 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas import dispatch
-from kernels_pallas._parallel_scan._linear_scan.config import Config, Operands, times
+from kernels_pallas._parallel_scan._linear_scan.config import Config, Operands
+from kernels_pallas._parallel_scan.doubling import times
 
 LANES = 128
 # Tokens a block: with the widest block of channels, six arrays of it and their second buffers take 6 MiB.

@@ -11,21 +11,21 @@ scan: g_t = dh_t + p_{t+1}, p_t = a_t g_t, db = g, da_t = g_t h_{t-1}; what is l
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas._parallel_scan._linear_scan.config import Config, Operands, times
+from kernels_pallas._parallel_scan._linear_scan.config import Config, Operands
+from kernels_pallas._parallel_scan.doubling import doubling, times
+from kernels_pallas._parallel_scan.loops import at, each, put
 
 
 def forward(config: Config, operands: Operands, *, sequential: bool) -> tuple[jax.Array, jax.Array]:
     """States [B, T, D] in the dtype of b, and the final state [B, D]; `sequential` walks the tokens one by one."""
     if sequential:
-        return _each(lambda *row: _forward_row(config, *row), *operands)
+        return each(lambda *row: _forward_row(config, *row), *operands)
     a, b, initial = operands
-    h = _doubling(config, a.astype(initial.dtype), b.astype(initial.dtype), initial)
+    h = doubling(a.astype(initial.dtype), b.astype(initial.dtype), initial, reverse=config.reverse)
     return h.astype(b.dtype), h[:, 0 if config.reverse else -1]
 
 
@@ -42,10 +42,10 @@ def backward(
     """Cotangents of a, b and the initial state."""
     if sequential:
         row = lambda *row: _backward_row(config, *row)  # noqa: E731
-        return _each(row, a, h, initial, h_cotangent, final_cotangent)
+        return each(row, a, h, initial, h_cotangent, final_cotangent)
     wide, dh = a.astype(initial.dtype), h_cotangent.astype(initial.dtype)
     against = Config(not config.reverse)
-    p = _doubling(against, wide, times(wide, dh), final_cotangent)
+    p = doubling(wide, times(wide, dh), final_cotangent, reverse=against.reverse)
     g = dh + before(against, p, final_cotangent)
     da = g * before(config, h.astype(g.dtype), initial)
     return da.astype(a.dtype), g.astype(h.dtype), p[:, -1 if config.reverse else 0]
@@ -61,29 +61,14 @@ def before(config: Config, x: jax.Array, first: jax.Array) -> jax.Array:
 # --- One token after the other. ---------------------------------------------------------------------------------------
 
 
-def _each(row: Callable, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """A function of one sequence, for all of a batch."""
-    if arrays[0].shape[0] == 1:
-        return tuple(x[None] for x in row(*(x[0] for x in arrays)))
-    return jax.vmap(row)(*arrays)
-
-
-def _at(x: jax.Array, t: jax.Array) -> jax.Array:
-    return lax.dynamic_index_in_dim(x, t, 0, keepdims=False)
-
-
-def _put(x: jax.Array, row: jax.Array, t: jax.Array) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(x, row.astype(x.dtype), t, 0)
-
-
 def _forward_row(config: Config, a: jax.Array, b: jax.Array, initial: jax.Array) -> tuple[jax.Array, jax.Array]:
     T, acc = a.shape[0], initial.dtype
 
     def step(i: jax.Array, carry: tuple) -> tuple:
         h, out = carry
         t = T - 1 - i if config.reverse else i
-        h = times(_at(a, t).astype(acc), h) + _at(b, t).astype(acc)
-        return h, _put(out, h, t)
+        h = times(at(a, t).astype(acc), h) + at(b, t).astype(acc)
+        return h, put(out, h, t)
 
     final, h = lax.fori_loop(0, T, step, (initial, jnp.zeros_like(b)))
     return h, final
@@ -98,24 +83,11 @@ def _backward_row(
     def step(i: jax.Array, carry: tuple) -> tuple:
         p, _, da, db = carry
         t = i if config.reverse else T - 1 - i
-        g = _at(h_cotangent, t).astype(acc) + p
+        g = at(h_cotangent, t).astype(acc) + p
         # At the first token this reads that token itself, which is put right below.
-        earlier = _at(h, jnp.clip(t + backwards, 0, T - 1)).astype(acc)
-        return times(_at(a, t).astype(acc), g), g, _put(da, g * earlier, t), _put(db, g, t)
+        earlier = at(h, jnp.clip(t + backwards, 0, T - 1)).astype(acc)
+        return times(at(a, t).astype(acc), g), g, put(da, g * earlier, t), put(db, g, t)
 
     start = (final_cotangent, jnp.zeros_like(initial), jnp.zeros_like(a), jnp.zeros_like(h))
     p, g, da, db = lax.fori_loop(0, T, step, start)
-    return _put(da, g * initial, jnp.int32(first)), db, p
-
-
-# --- Steps that double. -----------------------------------------------------------------------------------------------
-
-
-def _doubling(config: Config, a: jax.Array, b: jax.Array, initial: jax.Array) -> jax.Array:
-    """The states [B, T, D]."""
-
-    def then(first: tuple, second: tuple) -> tuple:
-        return times(second[0], first[0]), times(second[0], first[1]) + second[1]
-
-    product, h = lax.associative_scan(then, (a, b), axis=1, reverse=config.reverse)
-    return times(product, initial[:, None]) + h
+    return put(da, g * initial, jnp.int32(first)), db, p
