@@ -16,6 +16,8 @@ from kernels_pallas._parallel_scan._selective_scan.config import Config, Operand
 from kernels_pallas._parallel_scan.arguments import check_implementation, not_on_gpu, not_on_tpu
 
 _NAME = "selective_scan"
+# Tokens a chunk times states a channel, of which a TPU core holds all for 1024 channels: 4 MiB.
+_TPU_STATES = 1024
 
 
 def selective_scan(
@@ -59,8 +61,8 @@ def selective_scan(
       reverse: whether time runs from the end; the initial state then enters at the last token.
       eigenvalues: "positive", decays in (0, 1], or "symmetric", in (-1, 1]: a state can then change its sign, which
         parity needs.
-      chunk_size: tokens between two states that are kept for the gradient, a power of two >= 8; default 64. Only speed
-        and memory depend on it.
+      chunk_size: tokens between two states that are kept for the gradient, a power of two >= 8; default 64 up
+        to N = 16, fewer above. Only speed and memory depend on it.
       implementation: None chooses by the platform the program is lowered for, "tpu" (Pallas Mosaic), "xla" (a loop on
         CPUs, steps that double inside chunks elsewhere) or "reference" (the specification); "gpu" has no kernel. A
         named one that cannot do a call raises; None always works.
@@ -245,7 +247,21 @@ _backward.defvjp(_backward_fwd, _backward_bwd)
 
 # --- Dispatch. --------------------------------------------------------------------------------------------------------
 
-_UNSUPPORTED = {"tpu": not_on_tpu, "gpu": not_on_gpu}
+
+def _not_on_tpu(config: Config, operands: Any) -> str | None:
+    """Why the TPU kernels cannot do a call, forward or backward, or None."""
+    N = -(-operands.A.shape[1] // 8) * 8
+    if N * config.chunk > _TPU_STATES:
+        return f"{config.chunk} tokens a chunk with {N} states a channel do not fit its memory; lower chunk_size or N"
+    return not_on_tpu(config, operands)
+
+
+def _not_backward_on_tpu(config: Config, inputs: tuple) -> str | None:
+    return not_on_tpu(config, inputs) or _not_on_tpu(config, inputs[0])
+
+
+_UNSUPPORTED = {"tpu": _not_on_tpu, "gpu": not_on_gpu}
+_UNSUPPORTED_BACKWARD = {"tpu": _not_backward_on_tpu, "gpu": not_on_gpu}
 
 
 def _forward_shapes(config: Config, operands: Operands) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -297,6 +313,6 @@ backward_call = dispatch.primitive(
     shapes=_backward_shapes,
     xla={"default": partial(_xla_backward, sequential=False), "cpu": partial(_xla_backward, sequential=True)},
     accelerated={"tpu": _tpu_backward},
-    unsupported=_UNSUPPORTED,
+    unsupported=_UNSUPPORTED_BACKWARD,
     shareable=lambda config, inputs: (_shareable(inputs[0], rates=False), False, False, False),
 )

@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import checks
-from kernels_pallas._parallel_scan._selective_scan.config import CHUNK, Config, Operands
+from kernels_pallas._parallel_scan._selective_scan.config import LEAST_CHUNK, Config, Operands, default_chunk
 from kernels_pallas._parallel_scan.arguments import DTYPES, check_flag
 from kernels_pallas._parallel_scan.segments import marks
 from kernels_pallas.recurrence import accumulator, hide_padding
 
 _REAL = "Rates are real here: for decays that change the sign of a state use eigenvalues='symmetric'."
-_LEAST_CHUNK = 8
 
 
 class Call(NamedTuple):
@@ -81,7 +80,7 @@ def prepare(
     config = Config(
         check_flag(name, "reverse", reverse),
         eigenvalues == "symmetric",
-        CHUNK if chunk_size is None else _check_chunk(name, chunk_size),
+        default_chunk(jnp.shape(A)[1]) if chunk_size is None else _check_chunk(name, chunk_size),
     )
 
     def flat(x: Any) -> Any:
@@ -193,6 +192,6 @@ def _check_rates(name: str, A: jax.Array) -> jax.Array:
 
 def _check_chunk(name: str, given: Any) -> int:
     ok = isinstance(given, (int, np.integer)) and not isinstance(given, bool)
-    ok = ok and given >= _LEAST_CHUNK and given & (given - 1) == 0
-    checks.value(name, "chunk_size", bool(ok), f"be a power of two >= {_LEAST_CHUNK}", given)
+    ok = ok and given >= LEAST_CHUNK and given & (given - 1) == 0
+    checks.value(name, "chunk_size", bool(ok), f"be a power of two >= {LEAST_CHUNK}", given)
     return int(given)

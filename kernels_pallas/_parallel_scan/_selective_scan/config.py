@@ -8,8 +8,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Tokens between two states that the gradient keeps. It keeps T / chunk of them and recomputes a chunk at a time.
-CHUNK = 64
+# Tokens between two states that the gradient keeps: it keeps T / chunk of them and recomputes a chunk at a time. Fewer
+# where a state is large, so that its chunk stays in fast memory.
+_CHUNK, LEAST_CHUNK = 64, 8
+_CHUNK_STATES = 1024
+
+
+def default_chunk(states: int) -> int:
+    """Tokens a chunk for states of N entries a channel."""
+    chunk = _CHUNK
+    while chunk > LEAST_CHUNK and chunk * states > _CHUNK_STATES:
+        chunk //= 2
+    return chunk
 
 
 @dataclass(frozen=True)
