@@ -11,6 +11,8 @@ from kernels_pallas._decode_attention import decode_attention as decode_attentio
 from kernels_pallas._linear_attention import linear_attention as linear_attention
 from kernels_pallas._linear_attention import linear_attention_step as linear_attention_step
 from kernels_pallas._parallel_scan import linear_scan as linear_scan
+from kernels_pallas._parallel_scan import selective_scan as selective_scan
+from kernels_pallas._parallel_scan import selective_scan_step as selective_scan_step
 from kernels_pallas._ring_attention import from_ring_attention_layout as from_ring_attention_layout
 from kernels_pallas._ring_attention import ring_attention as ring_attention
 from kernels_pallas._ring_attention import ring_attention_positions as ring_attention_positions
