@@ -21,6 +21,7 @@ from jaxnum.sequence._diag_attention import diag_attention
 from jaxnum.sequence._elu1 import elu1
 from jaxnum.sequence._hedgehog import hedgehog, hedgehog_distillation_loss
 from jaxnum.sequence._lightning_attention import lightning_attention, lightning_attention_slopes
+from jaxnum.sequence._mamba_block import mamba_block
 from jaxnum.sequence._norm_attention import norm_attention
 from jaxnum.sequence._prefix_linear_attention import prefix_linear_attention
 from jaxnum.sequence._retention import retention
@@ -41,6 +42,7 @@ __all__ = [
     "hedgehog_distillation_loss",
     "lightning_attention",
     "lightning_attention_slopes",
+    "mamba_block",
     "norm_attention",
     "prefix_linear_attention",
     "retention",
