@@ -17,6 +17,7 @@ from tests import interpreters
 from tests.contracts.decode_cases import DecodeCase
 from tests.contracts.kernel_cases import AttentionCase
 from tests.contracts.linear_attention_cases import LinearAttentionCase
+from tests.contracts.scan_cases import LinearScanCase, SelectiveScanCase
 from tests.tolerances import tolerance
 
 PLATFORMS = ("cpu", "tpu", "cuda")
@@ -60,6 +61,16 @@ KERNELS = [
         LinearAttentionCase.backward(),
         LinearAttentionCase(),
     ),
+    KernelMember(
+        "linear_scan", LinearScanCase.api, LinearScanCase.implementations(), LinearScanCase.backward(), LinearScanCase()
+    ),
+    KernelMember(
+        "selective_scan",
+        SelectiveScanCase.api,
+        SelectiveScanCase.implementations(),
+        SelectiveScanCase.backward(),
+        SelectiveScanCase(),
+    ),
     KernelMember("decode_attention", DecodeCase.api, DecodeCase.implementations(), DecodeCase.backward(), DecodeCase()),
 ]
 DIFFERENTIATED = ("xla",)
@@ -82,7 +93,7 @@ def check_forward(m: KernelMember, implementation: str, dtype: str) -> None:
     """Every flag at odd lengths equals the float64 reference on the same inputs."""
     for name, (arrays, flags) in m.case.cases(dtype).items():
         arrays = short(arrays)
-        got = m.implementations[implementation](arrays, flags)
+        got = jax.jit(lambda *a, f=flags: m.implementations[implementation](a, f))(*arrays)
         want = reference(m, name, arrays, flags)
         for g, w in zip(got, want, strict=True):
             close(g, w, dtype, m.case.terms, f"{implementation} {name}")
@@ -146,7 +157,7 @@ def check_backward(m: KernelMember, name: str, dtype: str) -> None:
         weights = cotangents(m, arrays, flags)
         outputs = jax.eval_shape(lambda *a, f=flags: m.api(*a, implementation="reference", **f), *arrays)
         given = tuple(w.astype(o.dtype) for w, o in zip(weights, outputs, strict=True))
-        got = m.backward[name](arrays, flags, given)
+        got = jax.jit(lambda a, c, f=flags: m.backward[name](a, f, c))(arrays, given)
         want = true_cotangents(m, case, arrays, flags, weights)
         for g, w in zip(got, want, strict=True):
             close(g, w, dtype, m.case.terms, f"backward of {name} {case}", factor=4.0)

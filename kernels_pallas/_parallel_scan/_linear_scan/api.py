@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,28 +86,41 @@ def linear_scan(
       >>> h[0, :, 0].tolist(), final.tolist()
       ([1.0, 1.5, 1.0, 0.0], [[1.0]])
     """
-    config, operands, found, batch = prepare(a, b, initial_state, reverse=reverse, segment_ids=segment_ids)
+    config, operands, call = prepare(a, b, initial_state, reverse=reverse, segment_ids=segment_ids)
     check_implementation(_NAME, implementation, _UNSUPPORTED, config, operands)
     if implementation == "reference" or operands.b.size == 0:
-        h, final = reference.forward(config, operands, None if found is None else found.restart)
+        h, final = reference.forward(config, operands, None if call.marks is None else call.marks.restart)
     else:
-        if found is not None:
-            # As a select, so that neither h nor its cotangent crosses a boundary.
-            operands = operands._replace(a=jnp.where(found.restart[:, :, None], 0, operands.a))
         guarded = dispatch.refuse_forward_mode(_NAME, dispatch.align(operands))
         h, final = _differentiable((implementation, config), guarded)  # pyright: ignore[reportGeneralTypeIssues]
-    if found is not None:
-        h = jnp.where(found.valid[:, :, None], h, 0)
-    return h.reshape(*batch, *h.shape[1:]), final.reshape(*batch, final.shape[1])
+    return call.finish(h, final)
 
 
 # --- Canonical form. --------------------------------------------------------------------------------------------------
 
 
+class Call(NamedTuple):
+    """What the canonical form leaves out, and the result takes in again.
+
+    Attributes:
+      batch: leading axes.
+      marks: where the state restarts, and what is padding; None without segments.
+    """
+
+    batch: tuple[int, ...]
+    marks: Marks | None
+
+    def finish(self, h: jax.Array, final: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The public outputs: h [*B, T, D], 0 in padding, and the final state [*B, D]."""
+        if self.marks is not None:
+            h = jnp.where(self.marks.valid[:, :, None], h, 0)
+        return h.reshape(*self.batch, *h.shape[1:]), final.reshape(*self.batch, final.shape[1])
+
+
 def prepare(
     a: jax.Array, b: jax.Array, initial_state: Any = None, *, reverse: bool = False, segment_ids: Any = None
-) -> tuple[Config, Operands, Marks | None, tuple[int, ...]]:
-    """Check the arguments; give the static part, the arrays with one batch axis, the marks, and the batch shape."""
+) -> tuple[Config, Operands, Call]:
+    """Check the arguments; give the static part, the arrays in canonical form, and what finishes the result."""
     checks.dtype(_NAME, DTYPES, a=a, b=b, remedy=_COMPLEX if _is_complex(a) or _is_complex(b) else "")
     if jnp.result_type(a) != jnp.float32 or jnp.result_type(b) == jnp.float64:
         checks.same_dtype(_NAME, remedy="Beside 16-bit `b` it may be float32 too.", b=b, a=a)
@@ -132,10 +145,12 @@ def prepare(
     a, b = flat(a), flat(b)
     initial = jnp.zeros((b.shape[0], b.shape[2]), wide) if initial_state is None else flat(initial_state)
     if segment_ids is None:
-        return config, Operands(a, b, initial), None, batch
+        return config, Operands(a, b, initial), Call(batch, None)
     found = marks(flat(segment_ids), reverse=config.reverse)
-    valid = found.valid[:, :, None]
-    return config, Operands(jnp.where(valid, a, 1), jnp.where(valid, b, 0), initial), found, batch
+    valid, restart = (x[:, :, None] for x in found)
+    # By selection, so that neither what lies before a boundary nor its cotangent crosses it.
+    a = jnp.where(restart, 0, jnp.where(valid, a, 1))
+    return config, Operands(a, jnp.where(valid, b, 0), initial), Call(batch, found)
 
 
 def _is_complex(x: Any) -> bool:
