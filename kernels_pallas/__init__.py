@@ -8,6 +8,8 @@ from kernels_pallas._attention_io import attention_io as attention_io
 from kernels_pallas._choose_attention_blocks import BlockChoice as BlockChoice
 from kernels_pallas._choose_attention_blocks import choose_attention_blocks as choose_attention_blocks
 from kernels_pallas._decode_attention import decode_attention as decode_attention
+from kernels_pallas._delta_rule import delta_rule as delta_rule
+from kernels_pallas._delta_rule import delta_rule_step as delta_rule_step
 from kernels_pallas._linear_attention import linear_attention as linear_attention
 from kernels_pallas._linear_attention import linear_attention_step as linear_attention_step
 from kernels_pallas._parallel_scan import linear_scan as linear_scan

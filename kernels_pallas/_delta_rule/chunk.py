@@ -148,7 +148,6 @@ def pairs_back(
         run = lambda q, k, rest: _pairs_of_channels(q, k, rest, d.total[0], d.seen)  # noqa: E731
         _, back = jax.vjp(run, chunk.q, chunk.k, d.total[1])
         return back((dP, dM))
-    C = P.shape[0]
     between = _between(d)
     dM = _strictly_lower(dM)
     if between.dtype == bool:
