@@ -112,6 +112,7 @@ EXEMPT = {
     "taylor2": "one pass over its output, which XLA fuses",
     "hedgehog": "one matrix product and a softmax",
     "hedgehog_distillation_loss": "two score matrices a chunk, computed as they stand",
+    "gated_delta_net": "delta_rule, which has a row, between matrix products",
     "mamba_block": "selective_scan, which has a row, between matrix products",
     "prefix_linear_attention": "linear_attention, which has a row, between matrix products",
     "transnormer_block": "linear_attention, which has a row, between matrix products",

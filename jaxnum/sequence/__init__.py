@@ -19,6 +19,7 @@ take packed documents and padding by `segment_ids`.
 
 from jaxnum.sequence._diag_attention import diag_attention
 from jaxnum.sequence._elu1 import elu1
+from jaxnum.sequence._gated_delta_net import gated_delta_net
 from jaxnum.sequence._hedgehog import hedgehog, hedgehog_distillation_loss
 from jaxnum.sequence._lightning_attention import lightning_attention, lightning_attention_slopes
 from jaxnum.sequence._mamba_block import mamba_block
@@ -38,6 +39,7 @@ __all__ = [
     "Layer",
     "diag_attention",
     "elu1",
+    "gated_delta_net",
     "hedgehog",
     "hedgehog_distillation_loss",
     "lightning_attention",
