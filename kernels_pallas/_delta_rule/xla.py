@@ -14,10 +14,11 @@ import jax.numpy as jnp
 
 from kernels_pallas import recurrence
 from kernels_pallas._delta_rule import chunk as chunks
-from kernels_pallas._delta_rule.chunk import Chunk
+from kernels_pallas._delta_rule.chunk import Chunk, Prepared
 from kernels_pallas._delta_rule.config import Config, Operands
 
-_CHUNK = 64
+# Tokens a chunk. A CPU is fastest so: the backward pass keeps a state a chunk, the forward pass does not.
+_FORWARD, _BACKWARD = 32, 64
 
 
 def forward(config: Config, operands: Operands, *, sequential: bool) -> tuple[jax.Array, jax.Array]:
@@ -26,16 +27,21 @@ def forward(config: Config, operands: Operands, *, sequential: bool) -> tuple[ja
     Args:
       config: the static part of the call.
       operands: the arrays of the call.
-      sequential: walk batch and heads one by one, as a CPU likes; it also can be differentiated in reverse mode.
+      sequential: walk batch and heads one by one, as a CPU likes. JAX can differentiate both in reverse mode.
     """
     T = operands.q.shape[1]
-    cut = _cut(config, operands)
+    given = _prepared(_cut(config, operands, _FORWARD if sequential else _BACKWARD), sequential)
 
-    def head(chunk: Chunk, S: jax.Array) -> tuple[jax.Array, jax.Array]:
-        S, o = jax.lax.scan(lambda S, at: chunks.forward(at, S)[::-1], S, chunk)
+    def head(given: tuple, S: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def step(S: jax.Array, at: tuple) -> tuple[jax.Array, jax.Array]:
+            chunk, prepared, small = at
+            solved = chunks.solve(*at, S)
+            return chunks.update(chunk, prepared, solved, S), chunks.read(chunk, prepared, solved, S)
+
+        S, o = jax.lax.scan(step, S, given)
         return o, S
 
-    o, state = _over_heads(head, sequential, cut, operands.state)
+    o, state = _over_heads(head, sequential, given, operands.state)
     return _joined(o, T).astype(operands.q.dtype), state
 
 
@@ -44,24 +50,28 @@ def backward(
 ) -> tuple[jax.Array, ...]:
     """Cotangents of q, k, v, beta, state and, where there is one, log_decay, in their dtypes.
 
-    A sweep over the chunks keeps the state before each; a second one, from the last chunk to the first, takes the
-    cotangent of the state along.
+    A sweep over the chunks keeps the state before each, and what each corrects; a second one, from the last chunk to
+    the first, takes the cotangent of the state along.
     """
     T, dtypes = operands.q.shape[1], [None if x is None else x.dtype for x in operands]
-    cut = _cut(config, operands)
+    cut = _cut(config, operands, _BACKWARD)
+    given = _prepared(cut, sequential)
     do = _chunked(o_cotangent.astype(operands.state.dtype), cut.q.shape[3])
 
-    def head(chunk: Chunk, do: jax.Array, S: jax.Array, dS: jax.Array) -> tuple:
-        _, before = jax.lax.scan(lambda S, at: (chunks.forward(at, S)[1], S), S, chunk)
+    def head(given: tuple, do: jax.Array, S: jax.Array, dS: jax.Array) -> tuple:
+        def forth(S: jax.Array, at: tuple) -> tuple[jax.Array, tuple]:
+            solved = chunks.solve(*at, S)
+            return chunks.update(*at[:2], solved, S), (solved, S)
 
-        def step(dS: jax.Array, at: tuple) -> tuple:
+        def back(dS: jax.Array, at: tuple) -> tuple[jax.Array, chunks.Cotangents]:
             grads, dS = chunks.backward(*at, dS)
             return dS, grads
 
-        dS, grads = jax.lax.scan(step, dS, (chunk, before, do), reverse=True)
+        _, (solved, before) = jax.lax.scan(forth, S, given)
+        dS, grads = jax.lax.scan(back, dS, (*given[:2], solved, before, do), reverse=True)
         return grads, dS
 
-    grads, dS = _over_heads(head, sequential, cut, do, operands.state, state_cotangent)
+    grads, dS = _over_heads(head, sequential, given, do, operands.state, state_cotangent)
     dq, dk, dv, dbeta, dg = (None if x is None else _joined(x, T) for x in grads)
     found = (config.scale * dq, dk, dv, dbeta, dS, *(() if dg is None else (dg,)))
     return tuple(x.astype(dtype) for x, dtype in zip(found, dtypes, strict=False))
@@ -70,12 +80,12 @@ def backward(
 # --- Chunks of all heads. ---------------------------------------------------------------------------------------------
 
 
-def _cut(config: Config, operands: Operands) -> Chunk:
+def _cut(config: Config, operands: Operands, default: int) -> Chunk:
     """All chunks, with axes [B, H, N] in front, in the dtype of the state; the scale is in q."""
     q, k, v, beta, state, log_decay, segments = operands
     acc = state.dtype
     H = q.shape[2]
-    C = config.chunk or _CHUNK
+    C = config.chunk or default
     while C > 1 and q.shape[1] <= C // 2:
         C //= 2
     q, k, v = (x.astype(acc) for x in (q, k, v))
@@ -86,6 +96,16 @@ def _cut(config: Config, operands: Operands) -> Chunk:
         own = jnp.broadcast_to(own.reshape(own.shape[0], 1, -1, C), (own.shape[0], H, own.shape[1] // C, C))
         of_segments = [own, jnp.pad(own[:, :, :-1, -1], ((0, 0), (0, 0), (1, 0)))]
     return Chunk(*arrays, *of_segments)
+
+
+def _prepared(cut: Chunk, sequential: bool) -> tuple[Chunk, Prepared, jax.Array]:
+    """All chunks, what is known of each before its state is, and inverses of the diagonal blocks of I + beta M."""
+    lead = cut.q.shape[:3]
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), cut)
+    prepared = jax.lax.map(chunks.prepare, flat) if sequential else jax.vmap(chunks.prepare)(flat)
+    small = chunks.invert_small(jax.lax.stop_gradient(flat.beta[..., None] * prepared.M))
+    prepared, small = jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), (prepared, small))
+    return cut, prepared, small
 
 
 def _chunked(x: jax.Array, C: int) -> jax.Array:
