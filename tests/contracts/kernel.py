@@ -15,6 +15,7 @@ import pytest
 
 from tests import interpreters
 from tests.contracts.decode_cases import DecodeCase
+from tests.contracts.delta_rule_cases import DeltaRuleCase
 from tests.contracts.kernel_cases import AttentionCase
 from tests.contracts.linear_attention_cases import LinearAttentionCase
 from tests.contracts.scan_cases import LinearScanCase, SelectiveScanCase
@@ -60,6 +61,9 @@ KERNELS = [
         LinearAttentionCase.implementations(),
         LinearAttentionCase.backward(),
         LinearAttentionCase(),
+    ),
+    KernelMember(
+        "delta_rule", DeltaRuleCase.api, DeltaRuleCase.implementations(), DeltaRuleCase.backward(), DeltaRuleCase()
     ),
     KernelMember(
         "linear_scan", LinearScanCase.api, LinearScanCase.implementations(), LinearScanCase.backward(), LinearScanCase()
