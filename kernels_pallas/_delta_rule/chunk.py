@@ -213,11 +213,12 @@ def _pairs_of_channels(
 
 
 def invert_small(L: jax.Array) -> jax.Array:
-    """Inverses of the diagonal blocks of I + L, L strictly lower triangular [n, C, C]: [n, C / 16, 16, 16], C >= 16.
+    """Inverses of the diagonal blocks of I + L, L strictly lower triangular [n, C, C], sub = min(16, C) tokens each.
 
     By block doubling: the inverses X1, X2 of two neighbouring diagonal blocks give that of both, whose lower left part
     is -X2 L21 X1. No power of L appears, which would be huge where keys are alike. Entry by entry, the blocks of all
-    chunks side by side, since products of such small matrices would cost more than their arithmetic.
+    chunks side by side, since products of such small matrices would cost more than their arithmetic. The result is
+    [n, C / sub, sub, sub].
     """
     n, C, _ = L.shape
     sub = min(_SUB, C)
@@ -225,22 +226,22 @@ def invert_small(L: jax.Array) -> jax.Array:
     # [sub, sub, blocks]
     diagonal = jnp.stack([tiles[:, i, :, i] for i in range(C // sub)], axis=1)
     L = diagonal.reshape(-1, sub * sub).T.reshape(sub, sub, -1)
-    times = lambda a, b: jnp.sum(a[:, :, None] * b, axis=1)  # noqa: E731
-    blocks = [jnp.ones_like(L[:1, :1])] * sub
+    # [blocks of b tokens, b, b, lanes]
+    times = lambda a, b: jnp.sum(a[:, :, :, None] * b[:, None], axis=2)  # noqa: E731
+    X = jnp.ones((sub, 1, 1, L.shape[-1]), L.dtype)
     b = 1
     while b < sub:
-        pairs = range(0, sub // b, 2)
-        lower = [L[(i + 1) * b : (i + 2) * b, i * b : (i + 1) * b] for i in pairs]
-        corners = [times(-blocks[i + 1], times(x, blocks[i])) for i, x in zip(pairs, lower, strict=True)]
-        blocks = [_joined(blocks[i], x, blocks[i + 1]) for i, x in zip(pairs, corners, strict=True)]
+        lower = jnp.stack([L[i + b : i + 2 * b, i : i + b] for i in range(0, sub, 2 * b)])
+        first, second = X[::2], X[1::2]
+        X = _joined(first, -times(second, times(lower, first)), second, axis=1)
         b *= 2
-    return blocks[0].reshape(sub * sub, -1).T.reshape(n, C // sub, sub, sub)
+    return X[0].reshape(sub * sub, -1).T.reshape(n, C // sub, sub, sub)
 
 
-def _joined(first: jax.Array, corner: jax.Array, second: jax.Array) -> jax.Array:
-    """[[first, 0], [corner, second]]."""
-    upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=1)
-    return jnp.concatenate([upper, jnp.concatenate([corner, second], axis=1)])
+def _joined(first: jax.Array, corner: jax.Array, second: jax.Array, axis: int = 0) -> jax.Array:
+    """[[first, 0], [corner, second]] in an axis and the next."""
+    upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=axis + 1)
+    return jnp.concatenate([upper, jnp.concatenate([corner, second], axis=axis + 1)], axis=axis)
 
 
 @jax.custom_vjp
