@@ -95,9 +95,7 @@ def split_decay(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
     return coarse, log_decay - coarse
 
 
-def cumulative_decay(
-    log_decay: jax.Array, axis: int, segments: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
+def cumulative_decay(log_decay: jax.Array, axis: int, segments: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Inclusive running sums of a chunk's log decays, inside each segment, as (coarse, rest).
 
     G = coarse + rest. A difference is taken part by part, (c_i - c_j) + (r_i - r_j), and is then right to rounding.

@@ -171,8 +171,8 @@ def test_everything_public_is_reached_from_the_top():
 
 
 def stem(name):
-    """What the file or folder of a method is called after its underscore."""
-    [part] = [part for part in name.file.parts if part.startswith("_")]
+    """What the file of a method, or its own folder, is called after its underscore."""
+    *_, part = [part for part in name.file.parts if part.startswith("_")]
     return part.removesuffix(".py")[1:]
 
 
@@ -192,7 +192,7 @@ def test_every_file_of_a_method_gives_a_public_name():
         for m, path in source.modules()
         if path.stem.startswith("_") and path.stem != "__init__" and m.split(".")[1] in rooms
     }
-    folders = {path.name[1:] for path in (ROOT / "kernels_pallas").glob("_[!_]*") if path.is_dir()}
+    folders = {path.parent.name[1:] for path in (ROOT / "kernels_pallas").rglob("api.py")}
     assert files | folders == {stem(n) for n in METHODS}
 
 
