@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu_compiler
-from kernels_pallas._linear_attention import gpu, gpu_backward, reference
+from kernels_pallas._linear_attention import gpu, gpu_backward, gpu_chunks, reference
 from kernels_pallas._linear_attention.config import Config, Operands
 from tests import interpreters
 from tests.tolerances import tolerance
@@ -146,18 +146,18 @@ def test_interpreter_finds_each_wait_that_tiles_need(monkeypatch, forgotten):
     """Without one of them a tile is read before it is there."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    module = gpu if forgotten == "full" else gpu_backward
+    module = gpu_chunks if forgotten == "full" else gpu_backward
     kernel, wait = module._kernel, plgpu.barrier_wait
 
-    def without_one(plan, *refs):
-        chosen = getattr(refs[-1], forgotten)
+    def without_one(*arguments):
+        chosen = getattr(arguments[-1], forgotten)
 
         def wait_for_others(barrier):
             if getattr(barrier, "ref", barrier) is not chosen:
                 wait(barrier)
 
         monkeypatch.setattr(plgpu, "barrier_wait", wait_for_others)
-        kernel(plan, *refs)
+        kernel(*arguments)
         monkeypatch.setattr(plgpu, "barrier_wait", wait)
 
     monkeypatch.setattr(module, "_kernel", without_one)
@@ -182,7 +182,7 @@ def functions(**flags):
     config = Config(0.125)
     kernels = ["linear_attention_o"]
     yield lambda operands: gpu.forward(config, operands), [operands], kernels
-    kernels = ["linear_attention_states", "linear_attention_final", "linear_attention_gradients"]
+    kernels = ["linear_attention_states", "linear_attention_final", "linear_attention_dq_dk_dv"]
     yield lambda *a: gpu_backward.backward(config, a[0], *a[1:]), [operands, *cotangents], kernels
 
 
@@ -224,7 +224,7 @@ def test_tensor_cores_do_what_the_mathematics_asks_for():
     function, arrays, _ = next(functions())
     [kernel] = gpu_compiler.compile_function(function, arrays)
     [loop] = gpu_compiler.tensor_loops(kernel.sass)
-    K, C = 128, gpu.CHUNK
+    K, C = 128, gpu_chunks.CHUNK
     assert loop.macs() == C * K * C + C * K * 64 + C * C * 64 + K * C * 64
     assert 2 * (kernel.shared_bytes + 1024) <= gpu_compiler.SHARED_MEMORY + 1024
     assert kernel.registers * 128 * 2 <= 65536
