@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,7 +15,6 @@ from kernels_pallas._linear_attention.arguments import (
     DTYPES,
     NAME,
     check_scale,
-    check_state,
     divide,
     prepare,
 )
