@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels_pallas import checks
 
@@ -38,7 +39,8 @@ def check_log_decay(function: str, log_decay: jax.Array) -> jax.Array:
       ValueError: a log decay above 0, outside a trace.
     """
     if not checks.traced(log_decay):
-        highest = float(jnp.max(log_decay, initial=-jnp.inf))
+        # By NumPy: inside of a trace, JAX would trace this too.
+        highest = float(np.max(np.asarray(log_decay, np.float64), initial=-np.inf))
         remedy = "Give the natural logarithm of a decay in [0, 1], as jax.nn.log_sigmoid does."
         checks.value(function, "log_decay", not highest > 0, "be <= 0", highest, remedy)
     log_decay = log_decay.astype(accumulator(log_decay.dtype))

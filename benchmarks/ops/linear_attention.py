@@ -63,7 +63,7 @@ def per_token() -> dict[str, float]:
         figures[f"per_token_T{length}"] = measure.paired_ratio(sampled["ours"], sampled["theirs"]) * 4096 / length
     spread = [figures[f"per_token_T{length}"] for length in lengths]
     figures["per_token_spread"] = max(spread) / min(spread)
-    spec = jax.eval_shape(make, {"length": 4096})
+    spec = jax.eval_shape(lambda: make({"length": 4096}))
     temp = [_gradient_scratch(build({}), spec) for build in (run, recurrence)]
     figures["temp_share_of_recurrence"] = temp[0] / temp[1]
     return figures

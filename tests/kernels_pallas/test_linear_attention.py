@@ -266,6 +266,11 @@ def test_a_traced_decay_above_1_cannot_be_missed():
     assert np.all(np.isnan(o[:, 1:]))
 
 
+def test_a_known_decay_may_stand_in_compiled_code():
+    decay = jnp.full(2, -0.5)
+    close(jax.jit(lambda q: linear_attention(q, K, V, log_decay=decay))(Q), linear_attention(Q, K, V, log_decay=decay))
+
+
 def test_nothing_in_nothing_out():
     o, state = linear_attention(Q[:, :0], K[:, :0], V[:, :0], initial_state=STATE)
     assert o.shape == (2, 0, 2, 7)

@@ -185,7 +185,8 @@ def _check_arrays(
 def _check_rates(name: str, A: jax.Array) -> jax.Array:
     """Rates <= 0: a positive one raises where it is known, and is NaN inside a compiled program."""
     if not checks.traced(A):
-        highest = float(jnp.max(A, initial=-jnp.inf))
+        # By NumPy: inside of a trace, JAX would trace this too.
+        highest = float(np.max(np.asarray(A, np.float64), initial=-np.inf))
         checks.value(name, "A", not highest > 0, "be <= 0", highest, "Give -exp(A_log): states would grow.")
     return jnp.where(A > 0, jnp.nan, A)
 
