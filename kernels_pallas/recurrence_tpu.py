@@ -15,11 +15,13 @@ channels are summed in the kernel by doubling (`channel_gates`): every sum has t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from kernels_pallas import recurrence
 from kernels_pallas._attention.config import precision
@@ -31,7 +33,7 @@ CHUNK, LONGEST = 128, 256
 # Of the 16 MiB that a kernel may hold; the compiler needs some for itself.
 VMEM_BYTES = 11 * 2**20
 # What the lines of `token_lines` hold.
-_COARSE, _REST, _BEFORE, _AFTER, _WHOLE, _SEGMENT = range(6)
+_COARSE, _REST, _BEFORE, _AFTER, _WHOLE, _SEGMENT, BETA = range(7)
 
 
 class Plan(NamedTuple):
@@ -74,7 +76,30 @@ def plan(T: int, chunk: int | None, most: int, fixed: int, each: int) -> Plan | 
         return None
     chunks = -(-T // chunk)
     steps = -(-chunks // most)
-    return Plan(chunk, -(-chunks // steps), steps)
+    chunks = -(-chunks // steps)
+    # Loops over the chunks of a step take four or eight at a time.
+    whole = chunks + -chunks % 4
+    return Plan(chunk, whole if 4 < whole <= most else chunks, steps)
+
+
+def loop(chunks: int, unrolled: int, body: Callable[[Any], None]) -> None:
+    """`body(c)` for every chunk of a step, in order, several of them a turn: at most `unrolled`."""
+    each = max(n for n in range(1, min(unrolled, chunks) + 1) if chunks % n == 0)
+    if each == chunks:
+        for c in range(chunks):
+            body(c)
+        return
+
+    def turn(i: jax.Array, _: None) -> None:
+        for c in range(each):
+            body(i * each + c)
+
+    lax.fori_loop(0, chunks // each, turn, None)
+
+
+def multiple_of(x: Any, multiple: int) -> Any:
+    """An index that the compiler knows to be a multiple, static or not."""
+    return x if isinstance(x, int) else pl.multiple_of(x, multiple)
 
 
 def up(size: int) -> int:
@@ -108,28 +133,35 @@ def transposed(state: jax.Array) -> jax.Array:
 # --- Decays of tokens, and segments: from XLA. ------------------------------------------------------------------------
 
 
-def token_lines(log_decay: jax.Array | None, segments: jax.Array | None, plan: Plan) -> jax.Array:
+def token_lines(
+    log_decay: jax.Array | None, segments: jax.Array | None, plan: Plan, beta: jax.Array | None = None
+) -> jax.Array:
     """The lines of every chunk, float32 [B, H, chunks, 8, C]; H is 1 where there are segments alone.
 
     Args:
       log_decay: [B, T, H], or None.
       segments: int32 [B, T], or None.
       plan: of the tokens.
+      beta: [B, T, H], one line more, or None.
     """
     C = plan.chunk
+
+    def cut(x: jax.Array) -> jax.Array:  # [B, T, H] -> [B, N, C, H]
+        x = recurrence.pad_tokens(x.astype(jnp.float32), plan.length)
+        return x.reshape(x.shape[0], -1, C, x.shape[2])
+
     if segments is not None:
         segments = recurrence.pad_tokens(segments, plan.length, last=True)
         segments = segments.reshape(segments.shape[0], -1, C)
         carried = jnp.pad(segments[:, :-1, -1], ((0, 0), (1, 0)))[..., None]
         first, last = segments == carried, segments == segments[:, :, -1:]
-    if log_decay is None:
-        zeros = jnp.zeros((*segments.shape, 1), jnp.float32)
-        coarse, rest = zeros, zeros
-    else:
+    if log_decay is not None:
         log_decay = jnp.maximum(log_decay.astype(jnp.float32) * LOG2E, recurrence.LOWEST)
-        log_decay = recurrence.pad_tokens(log_decay, plan.length)
-        log_decay = log_decay.reshape(log_decay.shape[0], -1, C, log_decay.shape[2])
-        coarse, rest = recurrence.cumulative_decay(log_decay, 2, segments)
+        coarse, rest = recurrence.cumulative_decay(cut(log_decay), 2, segments)
+    elif beta is not None:
+        coarse = rest = jnp.zeros_like(cut(beta))
+    else:
+        coarse = rest = jnp.zeros((*segments.shape, 1), jnp.float32)
     total = coarse[:, :, -1:], rest[:, :, -1:]
     before = jnp.exp2(coarse + rest)
     whole = jnp.broadcast_to(jnp.exp2(total[0] + total[1]), before.shape)
@@ -143,8 +175,58 @@ def token_lines(log_decay: jax.Array | None, segments: jax.Array | None, plan: P
         whole = jnp.where(first[:, :, -1:, None], whole, 0)
         after = jnp.where(last[..., None], jnp.exp2(after), 0)
         within = within + (segments - segments[:, :, :1])[..., None]
-    lines = jnp.stack([coarse, rest, before, after, whole, within, jnp.zeros_like(rest), jnp.zeros_like(rest)], axis=2)
+    last_lines = [jnp.zeros_like(rest) if beta is None else cut(beta), jnp.zeros_like(rest)]
+    lines = jnp.stack([coarse, rest, before, after, whole, within, *last_lines], axis=2)
     return jnp.transpose(lines, (0, 4, 1, 2, 3))  # [B, N, 8, C, H] -> [B, H, N, 8, C]
+
+
+# --- What a kernel reads. ---------------------------------------------------------------------------------------------
+
+
+class Kinds(NamedTuple):
+    """What decays: "none", "head", "token" or "channel"; and whether there are segments."""
+
+    gate: str
+    segments: bool
+
+
+def block_specs(
+    inputs: dict[str, Any], plan: Plan, *, heads: int | None = None, reverse: bool = False
+) -> dict[str, pl.BlockSpec]:
+    """Where a step finds its block of each array: of a state the same at every step, of others the step's chunks.
+
+    Args:
+      inputs: arrays [B, H, T', D] of tokens, `state` and what ends so [B, H, V, K], others [B, H?, chunks, ., .].
+      plan: of the tokens.
+      heads: a step, along an axis of the block; None for one, without the axis.
+      reverse: the grid goes from the last step to the first.
+    """
+    at = lambda t: plan.steps - 1 - t if reverse else t  # noqa: E731
+    specs = {}
+    for name, x in inputs.items():
+        if name.endswith("state"):
+            specs[name] = pl.BlockSpec((None, heads, *x.shape[2:]), lambda b, h, t, *_: (b, h, 0, 0))
+        elif x.ndim == 4:
+            specs[name] = pl.BlockSpec((None, heads, plan.tokens, x.shape[3]), lambda b, h, t, *_: (b, h, at(t), 0))
+        else:
+            index = lambda b, h, t, *_, own=x.shape[1] > 1: (b, h if own else 0, at(t), 0, 0)  # noqa: E731
+            specs[name] = pl.BlockSpec((None, heads, plan.chunks, *x.shape[3:]), index)
+    return specs
+
+
+def rows(ref: Any, c: Any, C: int) -> jax.Array:
+    """The rows of chunk c of a step."""
+    return ref[pl.ds(multiple_of(c * C, C), C), :]
+
+
+def read_gates(inputs: dict[str, Any], c: Any, kinds: Kinds, C: int) -> Gates:
+    """The gates of chunk c of a step; those of a constant decay are made elsewhere."""
+    lines = inputs["lines"][c] if "lines" in inputs else None
+    if kinds.gate == "channel":
+        return channel_gates(rows(inputs["log_decay"], c, C), lines if kinds.segments else None)
+    if kinds.gate == "none" and not kinds.segments:
+        return no_gates(C)
+    return token_gates(lines, decays=kinds.gate == "token", segments=kinds.segments)
 
 
 # --- What a chunk knows, inside a kernel. -----------------------------------------------------------------------------
@@ -228,7 +310,7 @@ def scores(q: jax.Array, k: jax.Array, gates: Gates, dtype: Any) -> jax.Array:
     total = jnp.where(row == column, jnp.sum(q * k, axis=1, keepdims=True), 0.0)
     for level, decay in enumerate(gates.levels):
         product = dot(q * decay, k * decay, "nt", dtype)
-        total = jnp.where(_across(row, column, level), product, total)
+        total = jnp.where(across(row, column, level), product, total)
     return total if gates.between is None else total * gates.between
 
 
@@ -247,7 +329,7 @@ def scores_cotangents(
     own = jnp.sum(jnp.where(row == column, cotangent, 0.0), axis=1, keepdims=True)
     dq, dk, exponents = own * k, own * q, []
     for level, decay in enumerate(gates.levels):
-        of_level = jnp.where(_across(row, column, level), cotangent, 0.0)
+        of_level = jnp.where(across(row, column, level), cotangent, 0.0)
         # Rows of the second halves of blocks alone, and of the first halves alone.
         to_q = dot(of_level, k * decay, "nn", dtype) * decay
         to_k = dot(of_level, q * decay, "tn", dtype) * decay
@@ -259,7 +341,7 @@ def scores_cotangents(
 # --- Decays of key channels: summed in the kernel. --------------------------------------------------------------------
 
 
-def _across(row: jax.Array, column: jax.Array, level: int) -> jax.Array:
+def across(row: jax.Array, column: jax.Array, level: int) -> jax.Array:
     """Entries whose row is in the second, and whose column is in the first half of the same block of 2^(level + 1)."""
     half = 1 << level
     return (((row ^ column) & -half) == half) & ((row & half) != 0)
@@ -320,6 +402,47 @@ def channel_cotangent(levels: list[jax.Array], start: jax.Array, end: jax.Array,
         end = end + jnp.where(second, 0.0, level)
         block = block + _partner(other, second, half)
     return start + block
+
+
+# --- The way back from decays of tokens. ------------------------------------------------------------------------------
+
+
+def cotangent_lines(between: jax.Array, before: jax.Array, after: jax.Array, whole: jax.Array) -> jax.Array:
+    """What `of_tokens` needs of a chunk, lines [8, C]: cotangents of exponents, not yet summed.
+
+    Args:
+      between: of the decay between two tokens, [C, C], 0 where j >= i.
+      before: of `Gates.before`, [C, .].
+      after: of `Gates.after`, [C, .].
+      whole: of `Gates.whole`, [., .].
+    """
+    C = between.shape[0]
+    whole = jnp.sum(jnp.sum(whole, axis=1, keepdims=True), axis=0, keepdims=True)
+    lines = [sums_along_lanes(between) - jnp.sum(between, axis=0, keepdims=True)]
+    lines += [sums_along_lanes(before), sums_along_lanes(after), jnp.broadcast_to(whole, (1, C))]
+    return jnp.concatenate([*lines, jnp.zeros((4, C), jnp.float32)], axis=0)
+
+
+def of_tokens(lines: jax.Array, segments: jax.Array | None, plan: Plan, T: int) -> jax.Array:
+    """The cotangent [B, T, H] of log decays of tokens, from the four lines that a kernel gives of a chunk.
+
+    A decay between tokens j < i holds the log decays of the tokens after j, up to i. Its exponent's cotangent stands
+    at i, and reversed at j: a sum from a token to the end of its segment. Those of `before` are such sums too; those of
+    `after` run from the start of the chunk to before a token; that of `whole` is for every token.
+    """
+    C = plan.chunk
+    between, before, after, whole = (lines[:, :, :, at] for at in range(4))  # [B, H, N, C]
+    from_here = jnp.arange(C)[:, None] >= jnp.arange(C)[None, :]  # [i, l]: token l is in a sum that ends at i
+    if segments is not None:
+        segments = recurrence.pad_tokens(segments, plan.length, last=True)
+        segments = segments.reshape(segments.shape[0], 1, -1, C)
+        from_here = from_here & (segments[..., :, None] == segments[..., None, :])
+    highest = lax.Precision.HIGHEST
+    earlier = (jnp.arange(C)[:, None] < jnp.arange(C)[None, :]).astype(jnp.float32)  # [j, l]
+    ends = jnp.broadcast_to(from_here, (*between.shape[:1], 1, between.shape[2], C, C)).astype(jnp.float32)
+    total = jnp.einsum("bhni,bgnil->bhnl", between + before, ends, precision=highest)
+    total = total + jnp.einsum("bhnj,jl->bhnl", after, earlier, precision=highest) + whole
+    return jnp.swapaxes(total.reshape(*total.shape[:2], -1)[:, :, :T], 1, 2)
 
 
 # --- Products. --------------------------------------------------------------------------------------------------------

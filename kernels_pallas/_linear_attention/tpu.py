@@ -5,14 +5,15 @@ Grid (batch, head, step), see `recurrence_tpu`. Of a chunk, with S the state bef
     o = scale ((q k^T * D) v + (q * before) S),    S <- whole S + (k * after)^T v.
 
 A step first makes what needs no state, for all of its chunks: the scores, and what each adds to the state. The state
-then goes from chunk to chunk by one multiply-add. Products take it rounded to the dtype of the inputs; the state itself
+then goes from chunk to chunk by one multiply-add. These are loops of some chunks at a time, which the compiler
+schedules one beside the other. Products take it rounded to the dtype of the inputs; the state itself
 is only added to, in float32.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jax.experimental import pallas as pl
 from kernels_pallas import dispatch, recurrence_tpu
 from kernels_pallas._linear_attention import limits
 from kernels_pallas._linear_attention.config import Config, Operands, gate
-from kernels_pallas.recurrence_tpu import LANES, Gates, Plan, dot, times
+from kernels_pallas.recurrence_tpu import LANES, Gates, Kinds, Plan, block_specs, dot, read_gates, times
 
 
 def forward(config: Config, operands: Operands, *, interpret: Any = False) -> tuple[jax.Array, jax.Array]:
@@ -57,6 +58,8 @@ def _forward(config: Config, operands: Operands, interpret: Any) -> tuple[jax.Ar
     ]
     if kinds.gate == "head":
         scratch += [pltpu.VMEM((C, width), jnp.float32) for width in (C, LANES, LANES)]
+    if kinds.gate == "channel":
+        scratch += [pltpu.VMEM((plan.chunks, rows, wide_k), jnp.float32) for rows in (C, 8)]
     moved = sum(x.size * x.dtype.itemsize for x in inputs.values()) + inputs["v"].size * dtype.itemsize
     o, last = pl.pallas_call(
         partial(_kernel, scale=config.scale, plan=plan, kinds=kinds, names=tuple(inputs), T=T, H=H),
@@ -86,14 +89,7 @@ def _forward(config: Config, operands: Operands, interpret: Any) -> tuple[jax.Ar
 # --- What a kernel reads. ---------------------------------------------------------------------------------------------
 
 
-class Kinds(NamedTuple):
-    """What decays: "none", "head", "token" or "channel"; and whether there are segments."""
-
-    gate: str
-    segments: bool
-
-
-def gate_inputs(operands: Any, kinds: Kinds, plan: Plan) -> dict[str, jax.Array]:
+def gate_inputs(operands: Operands, kinds: Kinds, plan: Plan) -> dict[str, jax.Array]:
     """The lines of chunks, where tokens or segments have them, and the log decays of key channels."""
     arrays = {}
     if kinds.gate == "token" or kinds.segments:
@@ -102,37 +98,6 @@ def gate_inputs(operands: Any, kinds: Kinds, plan: Plan) -> dict[str, jax.Array]
     if kinds.gate == "channel":
         arrays["log_decay"] = recurrence_tpu.heads_first(operands.log_decay.astype(jnp.float32), plan)
     return arrays
-
-
-def block_specs(inputs: dict[str, jax.Array], plan: Plan, *, reverse: bool = False) -> dict[str, pl.BlockSpec]:
-    """Where a step finds its block of each array: of a state the same at every step, of others the step's chunks.
-
-    Args:
-      inputs: arrays [B, H, T', D] of tokens, `state` and what ends so [B, H, V, K], others [B, H?, chunks, ., .].
-      plan: of the tokens.
-      reverse: the grid goes from the last step to the first.
-    """
-    at = lambda t: plan.steps - 1 - t if reverse else t  # noqa: E731
-    specs = {}
-    for name, x in inputs.items():
-        if name.endswith("state"):
-            specs[name] = pl.BlockSpec((None, None, *x.shape[2:]), lambda b, h, t, *_: (b, h, 0, 0))
-        elif x.ndim == 4:
-            specs[name] = pl.BlockSpec((None, None, plan.tokens, x.shape[3]), lambda b, h, t, *_: (b, h, at(t), 0))
-        else:
-            index = lambda b, h, t, *_, own=x.shape[1] > 1: (b, h if own else 0, at(t), 0, 0)  # noqa: E731
-            specs[name] = pl.BlockSpec((None, None, plan.chunks, *x.shape[3:]), index)
-    return specs
-
-
-def read_gates(inputs: dict[str, Any], c: int, kinds: Kinds, C: int) -> Gates:
-    """The gates of chunk c of a step; those of a constant decay are made elsewhere."""
-    lines = inputs["lines"][c] if "lines" in inputs else None
-    if kinds.gate == "channel":
-        return recurrence_tpu.channel_gates(inputs["log_decay"][pl.ds(c * C, C), :], lines)
-    if lines is None:
-        return recurrence_tpu.no_gates(C)
-    return recurrence_tpu.token_gates(lines, decays=kinds.gate == "token", segments=kinds.segments)
 
 
 # --- The kernel. ------------------------------------------------------------------------------------------------------
@@ -154,7 +119,7 @@ def _kernel(*refs: Any, scale: float, plan: Plan, kinds: Kinds, names: tuple[str
             for tile, x in zip(tiles, made[:3], strict=True):
                 tile[...] = x
 
-    def gates(c: int) -> Gates:
+    def gates(c: Any) -> Gates:
         if constant is None:
             return read_gates(inputs, c, kinds, C)
         between, before, after = (tile[...] for tile in tiles)
@@ -165,28 +130,38 @@ def _kernel(*refs: Any, scale: float, plan: Plan, kinds: Kinds, names: tuple[str
         made = recurrence_tpu.head_gates(constant, C, tokens)
         return Gates(between, before, made.after, made.whole)
 
-    kept = []
-    for c in range(plan.chunks):
-        span, g = pl.ds(c * C, C), gates(c)
-        q, k, v = (inputs[name][span, :] for name in "qkv")
+    def rows(name: str, c: Any) -> jax.Array:
+        return recurrence_tpu.rows(inputs[name], c, C)
+
+    def score(c: Any) -> None:
+        q, k, g = rows("q", c), rows("k", c), gates(c)
         p_ref[c] = recurrence_tpu.scores(q, k, g, dtype).astype(dtype)
-        added_ref[c] = dot(v, times(k, g.after), "tn", dtype)
-        kept.append(g)
-    for c in range(plan.chunks):
-        span = pl.ds(c * C, C)
-        q, v = (inputs[name][span, :] for name in "qv")
-        S = s_ref[...]
-        o = dot(p_ref[c], v, "nn", dtype) + read(q, S, kept[c], dtype)
-        o_ref[span, :] = (scale * o).astype(o_ref.dtype)
-        s_ref[...] = times(S, kept[c].whole) + added_ref[c]
+        if kinds.gate == "channel":
+            before_ref, whole_ref = tiles
+            before_ref[c], whole_ref[c] = g.before, jnp.broadcast_to(g.whole, whole_ref.shape[1:])
+            added_ref[c] = dot(rows("v", c), times(k, g.after), "tn", dtype)
+
+    def add(c: Any) -> None:
+        added_ref[c] = dot(rows("v", c), times(rows("k", c), gates(c).after), "tn", dtype)
+
+    def carry(c: Any) -> None:
+        q, v, S = rows("q", c), rows("v", c), s_ref[...]
+        if kinds.gate == "channel":
+            before, whole = tiles[0][c], tiles[1][c][:1]
+            read = dot(times(q, before), S, "nt", dtype)
+        else:
+            # One factor a row is applied behind the product, where it rounds nothing.
+            before, whole = gates(c)[1:4:2]
+            read = times(dot(q, S, "nt", dtype), before)
+        o = dot(p_ref[c], v, "nn", dtype) + read
+        o_ref[pl.ds(recurrence_tpu.multiple_of(c * C, C), C), :] = (scale * o).astype(o_ref.dtype)
+        s_ref[...] = times(S, whole) + added_ref[c]
+
+    # Each in a loop of its own: together they would hold more than the registers do.
+    for part in (score, carry) if kinds.gate == "channel" else (score, add, carry):
+        each = limits.unrolled(part.__name__, kinds.gate, dtype.itemsize)
+        recurrence_tpu.loop(plan.chunks, each, part)
 
     @pl.when(t == plan.steps - 1)
     def _() -> None:
         last_ref[...] = s_ref[...]
-
-
-def read(q: jax.Array, S: jax.Array, gates: Gates, dtype: Any) -> jax.Array:
-    """(q * before) S^T; one factor a row is applied behind the product, where it rounds nothing."""
-    if gates.levels is None:
-        return times(dot(q, S, "nt", dtype), gates.before)
-    return dot(times(q, gates.before), S, "nt", dtype)

@@ -19,14 +19,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas import dispatch, recurrence, recurrence_tpu
+from kernels_pallas import dispatch, recurrence_tpu
 from kernels_pallas._linear_attention import limits
 from kernels_pallas._linear_attention.config import Config, Operands, gate
-from kernels_pallas._linear_attention.tpu import Kinds, block_specs, gate_inputs, read_gates
-from kernels_pallas.recurrence_tpu import Plan, dot, times
+from kernels_pallas._linear_attention.tpu import gate_inputs
+from kernels_pallas.recurrence_tpu import Kinds, Plan, block_specs, dot, read_gates, times
 
 
 def backward(
@@ -100,32 +99,10 @@ def _backward(config: Config, operands: Operands, do: Any, dstate: Any, interpre
     cotangents = [recurrence_tpu.tokens_first(results[f"d{name}"], getattr(operands, name)) for name in "qkv"]
     cotangents.append(jnp.swapaxes(results["initial_state"], -1, -2)[:, :, :K, :V])
     if kinds.gate == "token":
-        cotangents.append(of_tokens(results["dlines"], operands.segments, plan, operands.q.shape[1]))
+        cotangents.append(recurrence_tpu.of_tokens(results["dlines"], operands.segments, plan, operands.q.shape[1]))
     if kinds.gate == "channel":
         cotangents.append(recurrence_tpu.tokens_first(results["dlog_decay"], operands.log_decay))
     return tuple(cotangents)
-
-
-def of_tokens(lines: jax.Array, segments: jax.Array | None, plan: Plan, T: int) -> jax.Array:
-    """The cotangent [B, T, H] of log decays of tokens, from the four lines that a kernel gives of a chunk.
-
-    A decay between tokens j < i holds the log decays of the tokens after j, up to i. Its exponent's cotangent stands
-    at i, and reversed at j: a sum from a token to the end of its segment. Those of `before` are such sums too; those of
-    `after` run from the start of the chunk to before a token; that of `whole` is for every token.
-    """
-    C = plan.chunk
-    between, before, after, whole = (lines[:, :, :, at] for at in range(4))  # [B, H, N, C]
-    from_here = jnp.arange(C)[:, None] >= jnp.arange(C)[None, :]  # [i, l]: token l is in a sum that ends at i
-    if segments is not None:
-        segments = recurrence.pad_tokens(segments, plan.length, last=True)
-        segments = segments.reshape(segments.shape[0], 1, -1, C)
-        from_here = from_here & (segments[..., :, None] == segments[..., None, :])
-    highest = lax.Precision.HIGHEST
-    earlier = (jnp.arange(C)[:, None] < jnp.arange(C)[None, :]).astype(jnp.float32)  # [j, l]
-    ends = jnp.broadcast_to(from_here, (*between.shape[:1], 1, between.shape[2], C, C)).astype(jnp.float32)
-    total = jnp.einsum("bhni,bgnil->bhnl", between + before, ends, precision=highest)
-    total = total + jnp.einsum("bhnj,jl->bhnl", after, earlier, precision=highest) + whole
-    return jnp.swapaxes(total.reshape(*total.shape[:2], -1)[:, :, :T], 1, 2)
 
 
 # --- The state before every chunk. ------------------------------------------------------------------------------------
@@ -212,11 +189,7 @@ def _chunk(arrays: dict[str, Any], ds_ref: Any, c: int, scale: float, C: int, ki
     if kinds.gate == "token":
         # What a token has to do with itself does not decay.
         m = jnp.where(row > column, dp * p, 0.0)
-        between = recurrence_tpu.sums_along_lanes(m) - jnp.sum(m, axis=0, keepdims=True)
-        whole = jnp.sum(jnp.sum(kept * S, axis=1, keepdims=True), axis=0, keepdims=True)
-        lines = [between, *(recurrence_tpu.sums_along_lanes(x) for x in (q * to_before, k * to_after))]
-        lines += [jnp.broadcast_to(whole, (1, C)), jnp.zeros((4, C), jnp.float32)]
-        arrays["dlines"][c] = jnp.concatenate(lines, axis=0)
+        arrays["dlines"][c] = recurrence_tpu.cotangent_lines(m, q * to_before, k * to_after, kept * S)
     if kinds.gate == "channel":
         whole = jnp.sum(kept * S, axis=0, keepdims=True)
         arrays["dlog_decay"][span, :] = recurrence_tpu.channel_cotangent(levels, q * to_before, k * to_after, whole)
