@@ -20,6 +20,8 @@ from kernels_pallas import recurrence
 # pair by pair, between two of them they go through the first token of the later one and are two factors below 1.
 # Diagonal blocks of the UT transform of this size are inverted entry by entry, larger ones by matrix products.
 _SUB = 16
+# Chunks whose blocks are inverted side by side. XLA of jax 0.10.2 miscompiles this for CPUs above 4096 blocks.
+_TOGETHER = 512
 
 
 class Chunk(NamedTuple):
@@ -220,6 +222,18 @@ def invert_small(L: jax.Array) -> jax.Array:
     chunks side by side, since products of such small matrices would cost more than their arithmetic. The result is
     [n, C / sub, sub, sub].
     """
+    n, C, _ = L.shape
+    group = min(_TOGETHER, n)
+    padded = jnp.pad(L, ((0, -n % group), (0, 0), (0, 0)))
+    return jax.lax.map(_invert_group, padded.reshape(-1, group, C, C)).reshape(-1, *_tiled(C))[:n]
+
+
+def _tiled(C: int) -> tuple[int, int, int]:
+    sub = min(_SUB, C)
+    return C // sub, sub, sub
+
+
+def _invert_group(L: jax.Array) -> jax.Array:
     n, C, _ = L.shape
     sub = min(_SUB, C)
     tiles = L.reshape(n, C // sub, sub, C // sub, sub)
