@@ -117,16 +117,12 @@ def check_state(function: str, state: jax.Array | None, spec: str, dtype: Any) -
     """A state of this shape, in the dtype of sums."""
     if state is None:
         return None
-    checks.shape(
-        function, remedy="States are [*batch, heads, key size, value size].", initial_state=(state, spec)
-    )
+    checks.shape(function, remedy="States are [*batch, heads, key size, value size].", initial_state=(state, spec))
     checks.dtype(function, [dtype], remedy="States are kept in the dtype of sums.", initial_state=state)
     return jnp.asarray(state)
 
 
-def check_scale(
-    function: str, scale: float | jax.Array | None, K: int, q: jax.Array
-) -> tuple[float, jax.Array]:
+def check_scale(function: str, scale: float | jax.Array | None, K: int, q: jax.Array) -> tuple[float, jax.Array]:
     """A static scale, and q, which takes a traced one."""
     if scale is None:
         return max(K, 1) ** -0.5, q

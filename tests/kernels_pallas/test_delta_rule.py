@@ -98,9 +98,9 @@ def test_pieces_steps_and_chunks_equal_the_whole():
     arrays = CASE.arrays("float32", gates="channel", T=150, n=2, HV=4)
     flags = {"updates_per_token": 2, "l2norm": True, "scale": 0.5}
     whole = delta_rule(**named(arrays), **flags)
-    for chunk in (16, 64, 256):
-        for g, w in zip(delta_rule(**named(arrays), **flags, chunk_size=chunk), whole, strict=True):
-            close(g, w, "float32", 150, f"chunks of {chunk}")
+    for size in (16, 64, 256):
+        for g, w in zip(delta_rule(**named(arrays), **flags, chunk_size=size), whole, strict=True):
+            close(g, w, "float32", 150, f"chunks of {size}")
 
     q, k, v, beta, state, log_decay = arrays
     o = []
