@@ -1,8 +1,8 @@
 """The delta rule forward on Hopper GPUs: linear attention's walk over chunks, with values that the state corrects.
 
-Notation, within a chunk: D_ij = exp(G_i - G_j) for j <= i of one segment, else 0; M_ij = D_ij k_i . k_j for j < i; b the
-betas, S the state before the chunk. What is new in token i, r_i = v_i - S~_i^T k_i, solves (I + M diag(b)) r = e with
-e_i = v_i - read_i S^T k_i; the inverse is made outside, of all chunks at once. Then u_i = b_i r_i is what is written:
+Notation, within a chunk: D_ij = exp(G_i - G_j) for j <= i of one segment, else 0; M_ij = D_ij k_i . k_j for j < i; S
+the state before the chunk, b the betas. What is new in token i, r_i = v_i - S~_i^T k_i, solves (I + M diag(b)) r = e
+with e_i = v_i - read_i S^T k_i; the inverse is made outside, of all chunks at once. u_i = b_i r_i is then written:
 o_i = scale (read_i S^T q_i + sum_j D_ij (q_i . k_j) u_j), and S' = read_C S + sum_j write_j k_j u_j^T.
 
 Errors of S, e and u come back through later chunks, so products take these, and the inverse, as two numbers of 16 bits
@@ -51,7 +51,8 @@ def forward(config: Config, operands: Operands, *, interpret: Any = False) -> tu
     """
     with jax.enable_x64(False):
         inputs = prepared(operands)
-        o, final = walk(_step, inputs, ("o", "final"), scale=config.scale, interpret=interpret)
+        inputs["inverse"] = split(inverted(inputs.pop("pairs") * inputs["rows"][..., BETA, None, :]), operands.q.dtype)
+        o, final = walk(step, inputs, ("o", "final"), scale=config.scale, interpret=interpret)
     _, T, _, V = operands.v.shape
     return o[:, :T, :, :V], final[:, :, : operands.q.shape[3], :V]
 
@@ -60,16 +61,15 @@ def forward(config: Config, operands: Operands, *, interpret: Any = False) -> tu
 
 
 def prepared(operands: Operands) -> dict[str, jax.Array]:
-    """The inputs of the walk."""
+    """The inputs of the walk but for the inverse, and what that is made of, M."""
     q, k, v, state = gpu_chunks.padded(operands.q, operands.k, operands.v, operands.state)
     rows = gpu_chunks.decay_rows(operands.log_decay, operands.segments, operands.q.shape[:3])
     beta = gpu_chunks.in_chunks(operands.beta)[..., None, :]
     rows = jnp.concatenate([jnp.broadcast_to(rows, (*beta.shape[:3], *rows.shape[3:])), beta], axis=3)
-    inverse = split(inverted(pairs(k, rows) * beta), k.dtype)
-    return {"q": q, "k": k, "v": v, "state": state, "inverse": inverse, "rows": rows}
+    return {"q": q, "k": k, "v": v, "state": state, "rows": rows, "pairs": _pairs(k, rows)}
 
 
-def pairs(k: jax.Array, rows: jax.Array) -> jax.Array:
+def _pairs(k: jax.Array, rows: jax.Array) -> jax.Array:
     """M [B, H, N, CHUNK, CHUNK], in float32."""
     B, T, H, K = k.shape
     k = jnp.pad(k, ((0, 0), (0, -T % CHUNK), (0, 0), (0, 0))).reshape(B, -1, CHUNK, H, K)
@@ -145,12 +145,13 @@ def walk(
         reverse,
         scale,
     )
-    square = partial(gpu_chunks.tile, CHUNK, CHUNK, dtype=dtype)
-    own = {"state_low": gpu_chunks.tile(K, COLUMNS, dtype=dtype), "high": square(), "low": square(), "p": square()}
+    square = partial(gpu_chunks.tile, 1, CHUNK, CHUNK, dtype=dtype)
+    own = {"state_low": gpu_chunks.tile(1, K, COLUMNS, dtype=dtype), "high": square(), "low": square(), "p": square()}
     return gpu_chunks.walk(plan, inputs, own, interpret)
 
 
-def _step(chunk: Chunk, state: jax.Array) -> jax.Array:
+def step(chunk: Chunk, state: jax.Array) -> jax.Array:
+    """One chunk; without queries, u and r are the outputs."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     rows, own, tiles = chunk.rows, chunk.own, chunk.tiles
@@ -159,6 +160,8 @@ def _step(chunk: Chunk, state: jax.Array) -> jax.Array:
     r, o = _corrected(chunk)
     u = r * line(rows, BETA, 0)
     v[...] = u.astype(v.dtype)
+    if "r" in chunk.walk.outputs:
+        p[...] = r.astype(p.dtype)
     store_split(u * line(rows, WRITE, 0), high, low)
     plgpu.commit_smem()
     if o is not None:
@@ -166,6 +169,9 @@ def _step(chunk: Chunk, state: jax.Array) -> jax.Array:
         p[...] = o.astype(p.dtype)
         plgpu.commit_smem()
         chunk.send("o", p)
+    else:
+        chunk.send("u", v)
+        chunk.send("r", p)
     k = turned(tiles["k"])
     return state * rows[READ, CHUNK - 1] + product((k, high), (k, low))
 

@@ -67,7 +67,7 @@ def walk(
     chunks = pl.cdiv(inputs["k"].shape[1], CHUNK)
     plan = gpu_chunks.Walk(_step, f"linear_attention_{outputs[0]}", chunks, moving, outputs, reverse, scale)
     # D times q . k; then o on its way out.
-    own = {"p": gpu_chunks.tile(CHUNK, CHUNK, dtype=inputs["k"].dtype)} if "o" in outputs else {}
+    own = {"p": gpu_chunks.tile(1, CHUNK, CHUNK, dtype=inputs["k"].dtype)} if "o" in outputs else {}
     return gpu_chunks.walk(plan, inputs, own, interpret)
 
 

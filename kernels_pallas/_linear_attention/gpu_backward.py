@@ -195,7 +195,7 @@ def _call(
         grid_names=("chunk", "head", "batch"),
         num_threads=len(parts),
         thread_name="warpgroup",
-        kernel_name="_".join(("linear_attention", *parts)),
+        kernel_name="_".join(("chunk", *parts)),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret or None,
     )(*arrays.values())

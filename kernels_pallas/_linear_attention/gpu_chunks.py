@@ -189,7 +189,7 @@ def walk(plan: Walk, inputs: dict[str, jax.Array], own: dict[str, Any], interpre
     return plgpu.kernel(
         partial(_kernel, plan, tuple(inputs)),
         out_type=tuple(shapes.get(name, jax.ShapeDtypeStruct(v.shape, v.dtype)) for name in plan.outputs),
-        scratch_types=(_Scratch(ring, {"state": tile(K, COLUMNS, dtype=v.dtype), **own}, full),),
+        scratch_types=(_Scratch(ring, {"state": tile(1, K, COLUMNS, dtype=v.dtype), **own}, full),),
         grid=(V // COLUMNS, H, B),
         grid_names=("column", "head", "batch"),
         kernel_name=plan.name,
@@ -231,14 +231,16 @@ def _kernel(plan: Walk, names: tuple[str, ...], *refs: Any) -> None:
 
     def step(n: Any, state: jax.Array) -> jax.Array:
         slot, chunk = _slot(n), _place(plan, n)
+        # An index that the compiler cannot know: it would keep addresses across steps in registers that the sums need.
+        own = {name: ref.at[lax.optimization_barrier(jnp.int32(0))] for name, ref in scratch.own.items()}
         # What the step before left in shared memory is on its way out.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        _hold(state, scratch.own)
+        _hold(state, own)
         # Behind this every warp is done with the step before, whose slot of the ring is then free.
         plgpu.commit_smem()
         pl.when(n + (_STAGES - 1) < plan.chunks)(lambda: fetch(n + (_STAGES - 1)))
         if "states" in outputs:
-            plgpu.copy_smem_to_gmem(scratch.own["state"], outputs["states"].at[batch, head, chunk, :, columns])
+            plgpu.copy_smem_to_gmem(own["state"], outputs["states"].at[batch, head, chunk, :, columns])
         plgpu.barrier_wait(scratch.full.at[slot])
         tiles = {name: ring.at[slot] for name, ring in scratch.ring.items()}
 
@@ -248,7 +250,7 @@ def _kernel(plan: Walk, names: tuple[str, ...], *refs: Any) -> None:
         def put(name: str, x: jax.Array) -> None:
             outputs[name].at[batch, head, chunk, column][...] = x
 
-        return plan.step(Chunk(plan, tiles, scratch.own, send, put), state)
+        return plan.step(Chunk(plan, tiles, own, send, put), state)
 
     for n in range(min(_STAGES - 1, plan.chunks)):
         fetch(jnp.int32(n))
