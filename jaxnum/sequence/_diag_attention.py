@@ -67,12 +67,15 @@ def diag_attention(
     checks.dtype(_NAME, "integer", segment_ids=segment_ids)
     checks.choice(_NAME, "kind", kind, ("softmax", "relu"))
     layer.check_sizes(_NAME, {"block_size": block_size})
-    T, scale = sizes["T"], sizes["D"] ** -0.5 if scale is None else scale
+    T = sizes["T"]
+    scale = float(sizes["D"] ** -0.5 if scale is None else scale)
     if T == 0:
         return jnp.zeros(v.shape, q.dtype)
     # An id that returns is a new document here as elsewhere.
-    segments, valid = (None, None) if segment_ids is None else layer.segments_of(segment_ids)
-    ids = jnp.zeros(q.shape[:-2], jnp.int32) if segments is None else jnp.where(valid, segments, -1)
+    ids = jnp.zeros(q.shape[:-2], jnp.int32)
+    if segment_ids is not None:
+        segments, valid = layer.segments_of(segment_ids)
+        ids = jnp.where(valid, segments, -1)
     width = min(block_size, T)
     q, k, v = (_blocks(x, width, T) for x in (q, k, v))
     ids = _blocks(ids[..., None, None], width, T, fill=-1)[..., 0, 0]

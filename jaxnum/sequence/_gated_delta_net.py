@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +135,9 @@ def gated_delta_net(
         chunk_size,
         implementation,
     )
-    return layers.Layer(*(partial(f, options) for f in (_init, _apply, _step, _init_cache)))
+    return layers.Layer(
+        partial(_init, options), partial(_apply, options), partial(_step, options), partial(_init_cache, options)
+    )
 
 
 def _init(o: _Options, key: jax.Array) -> layers.PyTree:
@@ -214,7 +216,7 @@ def _step(
     layers.enter_step(_NAME, o.width, x)
     cache = layers.enter_cache(_NAME, cache, _init_cache(o, x.shape[:-1], x.dtype))
     mixed, convolution = layers.times(x, params["qkv"]), None
-    if o.conv_width == 1:
+    if cache.convolution is None:
         mixed = jax.nn.silu(mixed)
     else:
         mixed, convolution = short_convolution_step(cache.convolution, mixed, params["convolution"], activation="silu")
@@ -235,7 +237,7 @@ def _step(
     return _finish(o, params, x, read), GatedDeltaNetCache(state, convolution)
 
 
-def _init_cache(o: _Options, batch: int | tuple[int, ...] = (), dtype=float) -> GatedDeltaNetCache:
+def _init_cache(o: _Options, batch: int | tuple[int, ...] = (), dtype: Any = float) -> GatedDeltaNetCache:
     batch = layers.batch_axes(batch)
     state = jnp.zeros((*batch, o.value_heads, o.key_dim, o.value_dim), layers.sums(dtype))
     inputs = jnp.zeros((*batch, o.conv_width - 1, sum(o.parts)), dtype) if o.conv_width > 1 else None

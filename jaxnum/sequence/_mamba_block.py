@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,9 @@ def mamba_block(
     layers.check_sizes(_NAME, {"inner": inner, "states": states, "rank": rank, "conv_width": conv_width})
     checks.choice(_NAME, "eigenvalues", eigenvalues, ("positive", "symmetric"))
     options = _Options(width, inner, states, rank, conv_width, eigenvalues, chunk_size, implementation)
-    return layers.Layer(*(partial(f, options) for f in (_init, _apply, _step, _init_cache)))
+    return layers.Layer(
+        partial(_init, options), partial(_apply, options), partial(_step, options), partial(_init_cache, options)
+    )
 
 
 def _init(o: _Options, key: jax.Array) -> layers.PyTree:
@@ -161,7 +163,7 @@ def _step(o: _Options, params: layers.PyTree, x: jax.Array, cache: MambaCache) -
     return layers.times(y, params["out"]), MambaCache(state, convolution)
 
 
-def _init_cache(o: _Options, batch: int | tuple[int, ...] = (), dtype=float) -> MambaCache:
+def _init_cache(o: _Options, batch: int | tuple[int, ...] = (), dtype: Any = float) -> MambaCache:
     batch = layers.batch_axes(batch)
     state = jnp.zeros((*batch, o.inner, o.states), layers.sums(dtype))
     return MambaCache(state, jnp.zeros((*batch, o.conv_width - 1, o.inner), dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +95,9 @@ def prefix_linear_attention(
     checks.value(_NAME, "prefix_length", valid, "be an int of at least 0", prefix_length)
     features = taylor2(key_dim) if feature_map is None else feature_map
     options = _Options(width, heads, key_dim, value_dim, prefix_length, features, chunk_size, implementation)
-    return layers.Layer(*(partial(f, options) for f in (_init, _apply, _step, _init_cache)))
+    return layers.Layer(
+        partial(_init, options), partial(_apply, options), partial(_step, options), partial(_init_cache, options)
+    )
 
 
 def _init(o: _Options, key: jax.Array) -> layers.PyTree:
@@ -151,7 +153,7 @@ def _step(
     return layers.times(layers.join_heads(y), params["out"]), PrefixLinearAttentionCache(state)
 
 
-def _init_cache(o: _Options, batch: int | tuple[int, ...] = (), dtype=float) -> PrefixLinearAttentionCache:
+def _init_cache(o: _Options, batch: int | tuple[int, ...] = (), dtype: Any = float) -> PrefixLinearAttentionCache:
     shape = (*layers.batch_axes(batch), o.heads, o.features.width, o.value_dim + 1)
     return PrefixLinearAttentionCache(jnp.zeros(shape, layers.sums(dtype)))
 

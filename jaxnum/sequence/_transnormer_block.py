@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,9 @@ def transnormer_block(
     options = _Options(
         width, heads, head_dim, hidden, slopes, gate, value_activation, relative_phase, eps, implementation
     )
-    return layers.Layer(*(partial(f, options) for f in (_init, _apply, _step, _init_cache)))
+    return layers.Layer(
+        partial(_init, options), partial(_apply, options), partial(_step, options), partial(_init_cache, options)
+    )
 
 
 def _slopes(heads: int, layer: int, num_layers: int | None) -> tuple[float, ...]:
@@ -174,7 +176,7 @@ def _step(
     return _finish(o, params, x, normed, mixed), TransnormerCache(state, position)
 
 
-def _init_cache(o: _Options, batch: int | tuple[int, ...] = (), dtype=float) -> TransnormerCache:
+def _init_cache(o: _Options, batch: int | tuple[int, ...] = (), dtype: Any = float) -> TransnormerCache:
     batch = layers.batch_axes(batch)
     keys = o.head_dim * (2 if o.relative_phase else 1)
     state = jnp.zeros((*batch, o.heads, keys, o.head_dim), layers.sums(dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxnum.core.precision import accumulator
 from kernels_pallas import checks, recurrence
 
 PyTree = Any
+_Cache = TypeVar("_Cache")
 
 
 class Layer(NamedTuple):
@@ -61,7 +62,7 @@ def enter_step(name: str, width: int, x: jax.Array) -> None:
     checks.dtype(name, "floating", x=x)
 
 
-def enter_cache(name: str, cache: PyTree, empty: PyTree) -> PyTree:
+def enter_cache(name: str, cache: _Cache | None, empty: _Cache) -> _Cache:
     """The cache given, checked against an empty one, or the empty one."""
     if cache is None:
         return empty

@@ -173,7 +173,7 @@ def _differentiable_fwd(static: tuple, operands: Operands) -> tuple:
 
 def _differentiable_bwd(static: tuple, saved: tuple, cotangents: tuple) -> tuple[Operands]:
     grads = _backward(static, *dispatch.align((*saved, *cotangents)))  # pyright: ignore[reportGeneralTypeIssues]
-    return (Operands(*grads),)
+    return (Operands(*grads),)  # pyright: ignore[reportGeneralTypeIssues]
 
 
 _differentiable.defvjp(_differentiable_fwd, _differentiable_bwd)

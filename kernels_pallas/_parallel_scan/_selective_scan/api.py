@@ -211,7 +211,7 @@ def _differentiable_bwd(static: tuple, saved: tuple, cotangents: tuple) -> tuple
     # Nobody sees the states, so that nothing comes back through them.
     inputs = dispatch.align((*saved, *cotangents[:2]))
     grads = _backward(static, *inputs)  # pyright: ignore[reportGeneralTypeIssues]
-    return (Operands(*grads),)
+    return (Operands(*grads),)  # pyright: ignore[reportGeneralTypeIssues]
 
 
 _differentiable.defvjp(_differentiable_fwd, _differentiable_bwd)
@@ -234,7 +234,8 @@ def _backward_bwd(static: tuple, saved: tuple, cotangents: tuple) -> tuple:
 
     def pulled(arrays: tuple, *given: jax.Array) -> tuple[jax.Array, ...]:
         def run(arrays: tuple) -> tuple[jax.Array, jax.Array]:
-            return reference.forward(static[1], Operands(*arrays, operands.restart))
+            whole = Operands(*arrays, operands.restart)  # pyright: ignore[reportCallIssue]
+            return reference.forward(static[1], whole)
 
         return jax.vjp(run, arrays)[1](given)[0]
 
