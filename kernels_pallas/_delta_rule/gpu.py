@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kernels_pallas import recurrence_gpu
 from kernels_pallas._delta_rule.config import Config, Operands
-from kernels_pallas._linear_attention import gpu_chunks
-from kernels_pallas._linear_attention.gpu_chunks import (
+from kernels_pallas.recurrence_gpu import (
     BETA,
     CHUNK,
     COLUMNS,
@@ -38,7 +38,7 @@ from kernels_pallas._linear_attention.gpu_chunks import (
 
 def unsupported(config: Config, operands: Operands) -> str | None:
     """Why the kernel cannot do a call, or None."""
-    return gpu_chunks.unsupported(config, operands)
+    return recurrence_gpu.unsupported(config, operands)
 
 
 def forward(config: Config, operands: Operands, *, interpret: Any = False) -> tuple[jax.Array, jax.Array]:
@@ -62,9 +62,9 @@ def forward(config: Config, operands: Operands, *, interpret: Any = False) -> tu
 
 def prepared(operands: Operands) -> dict[str, jax.Array]:
     """The inputs of the walk but for the inverse, and what that is made of, M."""
-    q, k, v, state = gpu_chunks.padded(operands.q, operands.k, operands.v, operands.state)
-    rows = gpu_chunks.decay_rows(operands.log_decay, operands.segments, operands.q.shape[:3])
-    beta = gpu_chunks.in_chunks(operands.beta)[..., None, :]
+    q, k, v, state = recurrence_gpu.padded(operands.q, operands.k, operands.v, operands.state)
+    rows = recurrence_gpu.decay_rows(operands.log_decay, operands.segments, operands.q.shape[:3])
+    beta = recurrence_gpu.in_chunks(operands.beta)[..., None, :]
     rows = jnp.concatenate([jnp.broadcast_to(rows, (*beta.shape[:3], *rows.shape[3:])), beta], axis=3)
     return {"q": q, "k": k, "v": v, "state": state, "rows": rows, "pairs": _pairs(k, rows)}
 
@@ -76,7 +76,7 @@ def _pairs(k: jax.Array, rows: jax.Array) -> jax.Array:
     # Products of 16 bits are exact in float32.
     scores = jnp.einsum("bnihk,bnjhk->bhnij", k, k, preferred_element_type=jnp.float32)
     coarse, rest = (
-        rows[..., part, :, None] - rows[..., part, None, :] for part in (gpu_chunks.COARSE, gpu_chunks.REST)
+        rows[..., part, :, None] - rows[..., part, None, :] for part in (recurrence_gpu.COARSE, recurrence_gpu.REST)
     )
     place = jnp.arange(CHUNK)
     return scores * jnp.exp(jnp.where(place[:, None] > place, coarse + rest, -jnp.inf))
@@ -125,7 +125,7 @@ def walk(
     reverse: bool = False,
     interpret: Any = False,
 ) -> tuple[jax.Array, ...]:
-    """Walk over the chunks with a state of twice the digits; see `gpu_chunks.walk`.
+    """Walk over the chunks with a state of twice the digits; see `recurrence_gpu.walk`.
 
     Args:
       step: of the walk.
@@ -136,7 +136,7 @@ def walk(
       interpret: an interpreter's parameters.
     """
     dtype, (T, _, K) = inputs["k"].dtype, inputs["k"].shape[1:]
-    plan = gpu_chunks.Walk(
+    plan = recurrence_gpu.Walk(
         step,
         f"delta_rule_{outputs[0]}",
         pl.cdiv(T, CHUNK),
@@ -145,9 +145,14 @@ def walk(
         reverse,
         scale,
     )
-    square = partial(gpu_chunks.tile, 1, CHUNK, CHUNK, dtype=dtype)
-    own = {"state_low": gpu_chunks.tile(1, K, COLUMNS, dtype=dtype), "high": square(), "low": square(), "p": square()}
-    return gpu_chunks.walk(plan, inputs, own, interpret)
+    square = partial(recurrence_gpu.tile, 1, CHUNK, CHUNK, dtype=dtype)
+    own = {
+        "state_low": recurrence_gpu.tile(1, K, COLUMNS, dtype=dtype),
+        "high": square(),
+        "low": square(),
+        "p": square(),
+    }
+    return recurrence_gpu.walk(plan, inputs, own, interpret)
 
 
 def step(chunk: Chunk, state: jax.Array) -> jax.Array:
@@ -190,7 +195,7 @@ def _errors(chunk: Chunk) -> None:
         e = plgpu.wgmma_accumulator_load(e, wait_n=0 if s is None else 1)
         store_split(entries(tiles["v"]) - e * line(rows, READ, 0), own["high"], own["low"])
         if s is not None:
-            own["p"][...] = (s[...] * (gpu_chunks.decays(rows, 0) * chunk.walk.scale)).astype(own["p"].dtype)
+            own["p"][...] = (s[...] * (recurrence_gpu.decays(rows, 0) * chunk.walk.scale)).astype(own["p"].dtype)
 
     pl.run_scoped(run, *(plgpu.ACC((CHUNK, CHUNK), jnp.float32),) * (2 if "q" in tiles else 1))
     plgpu.commit_smem()

@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from kernels_pallas import recurrence_gpu
+from kernels_pallas import recurrence_gpu_backward as chunks
 from kernels_pallas._delta_rule import gpu
 from kernels_pallas._delta_rule.config import Config, Operands
-from kernels_pallas._linear_attention import gpu_backward as chunks
-from kernels_pallas._linear_attention import gpu_chunks
-from kernels_pallas._linear_attention.gpu_chunks import (
+from kernels_pallas.recurrence_gpu import (
     BETA,
     CHUNK,
     COLUMNS,
@@ -43,7 +43,7 @@ from kernels_pallas._linear_attention.gpu_chunks import (
 
 def unsupported_backward(config: Config, operands: Operands) -> str | None:
     """Why these kernels cannot do a call, or None."""
-    return gpu_chunks.unsupported(config, operands)
+    return recurrence_gpu.unsupported(config, operands)
 
 
 def backward(
@@ -62,7 +62,7 @@ def backward(
         inputs = gpu.prepared(operands)
         dtype, pairs, rows = operands.q.dtype, inputs.pop("pairs"), inputs["rows"]
         q, k = inputs.pop("q"), inputs["k"]
-        _, _, do, dstate = gpu_chunks.padded(q, k, o_cotangent.astype(dtype), state_cotangent)
+        _, _, do, dstate = recurrence_gpu.padded(q, k, o_cotangent.astype(dtype), state_cotangent)
         walk = partial(gpu.walk, scale=config.scale, interpret=interpret)
         beta = rows[..., BETA, :]
         inverse = gpu.split(gpu.inverted(pairs * beta[..., None, :]), dtype)
@@ -138,7 +138,7 @@ def _dm(plan: chunks.Plan, scratch: chunks.Scratch, tile: Any, sums: dict[str, A
     def half(axis: int) -> jax.Array:
         """-X, with its readers along `axis`."""
         x = product((u, turned(dv)) if axis else (dv, turned(u))) * decays(scratch.rows, axis)
-        return jnp.where(gpu_chunks.later(axis), x, 0.0)
+        return jnp.where(recurrence_gpu.later(axis), x, 0.0)
 
     lower, upper = half(0), half(1)
     both = tile.at[:, pl.ds(0, CHUNK)]

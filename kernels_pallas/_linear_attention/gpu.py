@@ -1,4 +1,4 @@
-"""Linear attention forward on Hopper GPUs: a walk over chunks, see `gpu_chunks`.
+"""Linear attention forward on Hopper GPUs: a walk over chunks, see `recurrence_gpu`.
 
 Notation, within a chunk: D_ij = exp(G_i - G_j) for j <= i of one segment, else 0; S the state before the chunk.
 o_i = scale (read_i S^T q_i + sum_j D_ij (q_i . k_j) v_j), and S' = read_C S + sum_j write_j k_j v_j^T.
@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas._linear_attention import gpu_chunks
+from kernels_pallas import recurrence_gpu
 from kernels_pallas._linear_attention.config import Config, Operands
-from kernels_pallas._linear_attention.gpu_chunks import CHUNK, COLUMNS, READ, WRITE, Chunk, line, product, turned
+from kernels_pallas.recurrence_gpu import CHUNK, COLUMNS, READ, WRITE, Chunk, line, product, turned
 
 
 def unsupported(config: Config, operands: Operands) -> str | None:
     """Why the kernel cannot do a call, or None."""
-    return gpu_chunks.unsupported(config, operands)
+    return recurrence_gpu.unsupported(config, operands)
 
 
 def forward(config: Config, operands: Operands, *, interpret: Any = False) -> tuple[jax.Array, jax.Array]:
@@ -31,7 +31,7 @@ def forward(config: Config, operands: Operands, *, interpret: Any = False) -> tu
       interpret: an interpreter's parameters, for machines without a GPU.
     """
     with jax.enable_x64(False):
-        q, k, v, state = gpu_chunks.padded(*operands[:4])
+        q, k, v, state = recurrence_gpu.padded(*operands[:4])
         inputs = {"q": q, "k": k, "v": v, "state": state} | rows(operands)
         o, final = walk(inputs, ("o", "final"), scale=config.scale, interpret=interpret)
     _, T, _, V = operands.v.shape
@@ -42,7 +42,7 @@ def rows(operands: Operands) -> dict[str, jax.Array]:
     """The kernels' input "rows", if anything decays or ends."""
     if operands.log_decay is None and operands.segments is None:
         return {}
-    return {"rows": gpu_chunks.decay_rows(operands.log_decay, operands.segments, operands.q.shape[:3])}
+    return {"rows": recurrence_gpu.decay_rows(operands.log_decay, operands.segments, operands.q.shape[:3])}
 
 
 def walk(
@@ -65,10 +65,10 @@ def walk(
     """
     moving = tuple(name for name in ("q", "k", "v", "rows") if name in inputs)
     chunks = pl.cdiv(inputs["k"].shape[1], CHUNK)
-    plan = gpu_chunks.Walk(_step, f"linear_attention_{outputs[0]}", chunks, moving, outputs, reverse, scale)
+    plan = recurrence_gpu.Walk(_step, f"linear_attention_{outputs[0]}", chunks, moving, outputs, reverse, scale)
     # D times q . k; then o on its way out.
-    own = {"p": gpu_chunks.tile(1, CHUNK, CHUNK, dtype=inputs["k"].dtype)} if "o" in outputs else {}
-    return gpu_chunks.walk(plan, inputs, own, interpret)
+    own = {"p": recurrence_gpu.tile(1, CHUNK, CHUNK, dtype=inputs["k"].dtype)} if "o" in outputs else {}
+    return recurrence_gpu.walk(plan, inputs, own, interpret)
 
 
 def _step(chunk: Chunk, state: jax.Array) -> jax.Array:
@@ -80,7 +80,7 @@ def _step(chunk: Chunk, state: jax.Array) -> jax.Array:
         chunk.own["p"][...] = o.astype(v.dtype)
     if rows is not None:
         weight = line(rows, READ if plan.reverse else WRITE, 0)
-        v[...] = (gpu_chunks.entries(v) * weight).astype(v.dtype)
+        v[...] = (recurrence_gpu.entries(v) * weight).astype(v.dtype)
     plgpu.commit_smem()
     if "o" in plan.outputs:
         chunk.send("o", chunk.own["p"])
@@ -100,7 +100,7 @@ def _read(chunk: Chunk) -> jax.Array:
         plgpu.wgmma(s, chunk.tiles["q"], turned(chunk.tiles["k"]))
         plgpu.wgmma(o, chunk.tiles["q"], chunk.own["state"])
         s = plgpu.wgmma_accumulator_load(s, wait_n=1)
-        p[...] = (s * (gpu_chunks.decays(rows, 0) * scale)).astype(p.dtype)
+        p[...] = (s * (recurrence_gpu.decays(rows, 0) * scale)).astype(p.dtype)
         return o[...]
 
     o = pl.run_scoped(early, *(plgpu.ACC((CHUNK, size), jnp.float32) for size in (CHUNK, COLUMNS)))

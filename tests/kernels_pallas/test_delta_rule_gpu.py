@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu_compiler
+from kernels_pallas import recurrence_gpu
 from kernels_pallas._delta_rule import gpu, gpu_backward, reference
 from kernels_pallas._delta_rule.config import Config, Operands
-from kernels_pallas._linear_attention import gpu_chunks
 from tests import interpreters
 from tests.tolerances import tolerance
 
@@ -179,7 +179,7 @@ def test_interpreter_finds_a_missing_wait(monkeypatch):
     """What came of a chunk is read before it is there, and before its first wait for the tiles of the next."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    kernel, wait = gpu_chunks._kernel, plgpu.barrier_wait
+    kernel, wait = recurrence_gpu._kernel, plgpu.barrier_wait
 
     def without_one(*arguments):
         chosen = arguments[-1].full
@@ -191,7 +191,7 @@ def test_interpreter_finds_a_missing_wait(monkeypatch):
         monkeypatch.setattr(plgpu, "barrier_wait", wait_for_others)
         kernel(*arguments)
 
-    monkeypatch.setattr(gpu_chunks, "_kernel", without_one)
+    monkeypatch.setattr(recurrence_gpu, "_kernel", without_one)
     config, operands, _ = call(T=60)
     # A barrier that nobody ever looks at is refused as such, where no race comes first.
     with pytest.raises(Exception, match="RACE DETECTED|no threads observed"):
@@ -265,7 +265,7 @@ def test_tensor_cores_do_what_the_mathematics_asks_for():
     function, arrays, _ = next(functions())
     [kernel] = gpu_compiler.compile_function(function, arrays)
     [loop] = gpu_compiler.tensor_loops(kernel.sass)
-    K, C = 128, gpu_chunks.CHUNK
+    K, C = 128, recurrence_gpu.CHUNK
     assert loop.macs() == 2 * C * K * C + C * C * C + 4 * C * K * C + 3 * C * C * C
 
 

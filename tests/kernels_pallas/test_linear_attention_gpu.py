@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu_compiler
-from kernels_pallas._linear_attention import gpu, gpu_backward, gpu_chunks, reference
+from kernels_pallas import recurrence_gpu, recurrence_gpu_backward
+from kernels_pallas._linear_attention import gpu, gpu_backward, reference
 from kernels_pallas._linear_attention.config import Config, Operands
 from tests import interpreters
 from tests.tolerances import tolerance
@@ -146,7 +147,7 @@ def test_interpreter_finds_each_wait_that_tiles_need(monkeypatch, forgotten):
     """Without one of them a tile is read before it is there."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    module = gpu_chunks if forgotten == "full" else gpu_backward
+    module = recurrence_gpu if forgotten == "full" else recurrence_gpu_backward
     kernel, wait = module._kernel, plgpu.barrier_wait
 
     def without_one(*arguments):
@@ -224,7 +225,7 @@ def test_tensor_cores_do_what_the_mathematics_asks_for():
     function, arrays, _ = next(functions())
     [kernel] = gpu_compiler.compile_function(function, arrays)
     [loop] = gpu_compiler.tensor_loops(kernel.sass)
-    K, C = 128, gpu_chunks.CHUNK
+    K, C = 128, recurrence_gpu.CHUNK
     assert loop.macs() == C * K * C + C * K * 64 + C * C * 64 + K * C * 64
     assert 2 * (kernel.shared_bytes + 1024) <= gpu_compiler.SHARED_MEMORY + 1024
     assert kernel.registers * 128 * 2 <= 65536
