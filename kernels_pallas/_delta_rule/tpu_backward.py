@@ -1,0 +1,174 @@
+"""The delta rule backward on TPU: two Pallas Mosaic kernels.
+
+The first goes forward (`tpu.sweep`) and writes of every chunk the state before it, S, and its UT transform, A. The
+second goes back over the chunks with the cotangent of the state in VMEM, dS. In the notation of `tpu`, with the error
+e = v - (k * before) S, the scale in q and P, and products with D understood, of a chunk
+
+    du = P^T do + (k * after) dS,    r = A^T du,    dv = beta r,    dL = -r u^T below the diagonal,
+    dq = before * (do S^T) + (do u^T) k,
+    dk = -before * (dv S^T) + after * (u dS^T) + (do u^T)^T q + (beta dL) k + (beta dL)^T k,
+    dbeta = r . e + rows of dL * M,    dS <- whole dS + (q * before)^T do - (k * before)^T dv.
+
+What becomes of the cotangents of decays is said in `linear_attention`'s backward kernels, which do the same.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from kernels_pallas import dispatch, recurrence_tpu
+from kernels_pallas._delta_rule import limits
+from kernels_pallas._delta_rule.config import Config, Operands, gate
+from kernels_pallas._delta_rule.tpu import beta_of, corrections, fine_dot, prepare, sweep
+from kernels_pallas.recurrence_tpu import Kinds, Plan, dot, times
+
+# The line of a chunk's cotangents that holds those of beta, behind the four of decays.
+_BETA = 4
+
+
+def backward(
+    config: Config, operands: Operands, o_cotangent: jax.Array, state_cotangent: jax.Array, *, interpret: Any = False
+) -> tuple[jax.Array, ...]:
+    """Cotangents of q, k, v, beta, the initial state and, where there is one, log_decay.
+
+    Args:
+      config: static part of the call.
+      operands: arrays of the call.
+      o_cotangent: [B, T, H, V].
+      state_cotangent: of the state after the last token, [B, H, K, V].
+      interpret: an interpreter's parameters, for machines without a TPU.
+    """
+    # With x64 on, Python's ints in index maps would be 64 bits wide, which the compiler does not take.
+    with jax.enable_x64(False):
+        return _backward(config, operands, o_cotangent, state_cotangent, interpret)
+
+
+def _backward(config: Config, operands: Operands, do: Any, dstate: Any, interpret: Any) -> tuple[jax.Array, ...]:
+    plan, heads = limits.backward_plan(config, operands)  # pyright: ignore[reportGeneralTypeIssues]
+    kinds = Kinds(gate(operands), operands.segments is not None)
+    inputs = prepare(operands, kinds, plan)
+    B, H, length, _ = inputs["q"].shape
+    state = recurrence_tpu.transposed(operands.state)
+    lead = (B, H, length // plan.chunk)
+    kept = {
+        "inverses": dispatch.output((*lead, plan.chunk, plan.chunk), jnp.float32),
+        "states": dispatch.output((*lead, *state.shape[2:]), jnp.float32),
+    }
+    arrays = sweep(inputs | {"state": state}, kept, config, kinds, plan, heads, interpret)
+    inputs |= dict(zip(kept, arrays, strict=True))
+    inputs |= {
+        "do": recurrence_tpu.heads_first(do.astype(operands.q.dtype), plan),
+        "dstate": recurrence_tpu.transposed(dstate.astype(jnp.float32)),
+    }
+    results = _call(inputs, config, kinds, plan, heads, interpret)
+    T = operands.q.shape[1]
+    K, V = operands.state.shape[2:]
+    dlines = results["dlines"]
+    dbeta = dlines[:, :, :, _BETA].reshape(B, H, -1)[:, :, :T]
+    cotangents = [recurrence_tpu.tokens_first(results[f"d{name}"], getattr(operands, name)) for name in "qkv"]
+    cotangents.append(jnp.swapaxes(dbeta, 1, 2))
+    cotangents.append(jnp.swapaxes(results["initial_state"], -1, -2)[:, :, :K, :V])
+    if kinds.gate == "token":
+        cotangents.append(recurrence_tpu.of_tokens(dlines, operands.segments, plan, T))
+    if kinds.gate == "channel":
+        cotangents.append(recurrence_tpu.tokens_first(results["dlog_decay"], operands.log_decay))
+    return tuple(cotangents)
+
+
+def _call(
+    inputs: dict[str, jax.Array], config: Config, kinds: Kinds, plan: Plan, heads: int, interpret: Any
+) -> dict[str, jax.Array]:
+    """Go over the chunks backward."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    B, H, wide_v, wide_k = inputs["dstate"].shape
+    outputs = {f"d{name}": dispatch.output(inputs[name].shape, inputs[name].dtype) for name in ("q", "k", "v", "lines")}
+    outputs["initial_state"] = dispatch.output(inputs["dstate"].shape, jnp.float32)
+    if kinds.gate == "channel":
+        outputs["dlog_decay"] = dispatch.output(inputs["log_decay"].shape, jnp.float32)
+    specs = recurrence_tpu.block_specs(inputs | outputs, plan, heads=heads, reverse=True)
+    results = pl.pallas_call(
+        partial(_kernel, scale=config.scale, plan=plan, kinds=kinds, names=(*inputs, *outputs, "dS"), heads=heads),
+        out_shape=tuple(outputs.values()),
+        grid=(B, H // heads, plan.steps),
+        in_specs=[specs[name] for name in inputs],
+        out_specs=tuple(specs[name] for name in outputs),
+        scratch_shapes=[pltpu.VMEM((heads, wide_v, wide_k), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * B * H * plan.length * (plan.chunk * (6 * wide_k + 4 * wide_v) + 7 * wide_k * wide_v),
+            transcendentals=0,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*inputs.values(), *outputs.values())),
+        ),
+        interpret=interpret,
+        name="delta_rule_backward",
+    )(*inputs.values())
+    return dict(zip(outputs, results, strict=True))
+
+
+def _kernel(*refs: Any, scale: float, plan: Plan, kinds: Kinds, names: tuple[str, ...], heads: int) -> None:
+    arrays = dict(zip(names, refs, strict=True))
+    of_head = [{name: ref.at[h] for name, ref in arrays.items()} for h in range(heads)]
+    t = pl.program_id(2)
+
+    @pl.when(t == 0)
+    def _() -> None:
+        arrays["dS"][...] = arrays["dstate"][...]
+
+    def back(c: Any) -> None:
+        for own in of_head:
+            _chunk(own, plan.chunks - 1 - c, plan.chunk, kinds, scale)
+
+    recurrence_tpu.loop(plan.chunks, 1, back)
+
+    @pl.when(t == plan.steps - 1)
+    def _() -> None:
+        arrays["initial_state"][...] = arrays["dS"][...]
+
+
+def _chunk(arrays: dict[str, Any], c: Any, C: int, kinds: Kinds, scale: float) -> None:
+    g, beta = recurrence_tpu.read_gates(arrays, c, kinds, C), beta_of(arrays, c)
+    q, k, v, do = (recurrence_tpu.rows(arrays[name], c, C) for name in ("q", "k", "v", "do"))
+    dtype, S, A, dS = q.dtype, arrays["states"][c], arrays["inverses"][c], arrays["dS"][...]
+    row, column = recurrence_tpu.iotas(C)
+    below = lambda x: jnp.where(row > column, x, 0.0)  # noqa: E731
+
+    P = scale * recurrence_tpu.scores(q, k, g, dtype)
+    M = below(recurrence_tpu.scores(k, k, g, dtype))
+    error, u = corrections(k, v, S, A, g, beta, dtype)
+    du = dot(P, do, "tn", dtype) + fine_dot(times(k, g.after), dS, "nt", dtype)
+    r = fine_dot(A, du, "tn", dtype)
+    dv = times(r, beta)
+    dL = -below(fine_dot(r, u, "nt", dtype))
+    dP = jnp.where(row >= column, dot(do, u, "nt", dtype), 0.0)
+
+    dM = times(dL, beta)
+    dq, dk, levels = recurrence_tpu.scores_cotangents(q, k, scale * dP, g, dtype)
+    first, second, more = recurrence_tpu.scores_cotangents(k, k, dM, g, dtype)
+    q_before = scale * times(dot(do, S, "nn", dtype), g.before)
+    k_before = -times(fine_dot(dv, S, "nn", dtype), g.before)
+    k_after = times(fine_dot(u, dS, "nn", dtype), g.after)
+    kept = times(dS, g.whole)
+    state = scale * dot(do, times(q, g.before), "tn", dtype) - fine_dot(dv, times(k, g.before), "tn", dtype)
+    arrays["dS"][...] = kept + state
+
+    at = pl.ds(recurrence_tpu.multiple_of(c * C, C), C)
+    arrays["dq"][at, :] = (dq + q_before).astype(dtype)
+    arrays["dk"][at, :] = (dk + first + second + k_before + k_after).astype(dtype)
+    arrays["dv"][at, :] = dv.astype(dtype)
+    q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+    before, after = q * q_before + k * k_before, k * k_after
+    # What a token has to do with itself does not decay.
+    between = below(dP * P) + dM * M if kinds.gate == "token" else jnp.zeros((C, C), jnp.float32)
+    lines = recurrence_tpu.cotangent_lines(between, before, after, kept * S)
+    dbeta = recurrence_tpu.sums_along_lanes(r * error) + recurrence_tpu.sums_along_lanes(dL * M)
+    arrays["dlines"][c] = jnp.concatenate([lines[:_BETA], dbeta, lines[_BETA + 1 :]], axis=0)
+    if kinds.gate == "channel":
+        both = [x + y for x, y in zip(levels, more, strict=True)]
+        whole = jnp.sum(kept * S, axis=0, keepdims=True)
+        arrays["dlog_decay"][at, :] = recurrence_tpu.channel_cotangent(both, before, after, whole)
