@@ -13,7 +13,7 @@ take and give.
 >>> y.shape, y_next.shape
 ((3, 10, 32), (3, 32))
 
-Parameters are dicts of arrays for optax; `jaxnum.interop` makes modules of flax and equinox from a layer. All layers
+Parameters are dicts of arrays for optax. All layers
 take packed documents and padding by `segment_ids`.
 """
 
@@ -21,6 +21,7 @@ from jaxnum.sequence._diag_attention import diag_attention
 from jaxnum.sequence._elu1 import elu1
 from jaxnum.sequence._gated_delta_net import gated_delta_net
 from jaxnum.sequence._hedgehog import hedgehog, hedgehog_distillation_loss
+from jaxnum.sequence._lasp2 import lasp2, lasp2_hybrid_attention
 from jaxnum.sequence._lightning_attention import lightning_attention, lightning_attention_slopes
 from jaxnum.sequence._mamba_block import mamba_block
 from jaxnum.sequence._norm_attention import norm_attention
@@ -42,6 +43,8 @@ __all__ = [
     "gated_delta_net",
     "hedgehog",
     "hedgehog_distillation_loss",
+    "lasp2",
+    "lasp2_hybrid_attention",
     "lightning_attention",
     "lightning_attention_slopes",
     "mamba_block",
