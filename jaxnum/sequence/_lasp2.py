@@ -98,7 +98,7 @@ def lasp2(
     checks.shape(_NAME, initial_state=(initial_state, " ".join(map(str, written.shape))))
     checks.dtype(_NAME, [acc], initial_state=initial_state)
     start = jnp.zeros_like(written) if initial_state is None else jnp.asarray(initial_state)
-    scale = K**-0.5 if scale is None else scale
+    factor = K**-0.5 if scale is None else scale
     flat = lambda x, *shape: x.reshape(math.prod(batch), *shape)  # noqa: E731
     written, start = flat(written, H, K, V), jnp.broadcast_to(flat(start, H, K, V), (math.prod(batch), H, K, V))
     queries = flat(q, n, *q.shape[-2:]).astype(acc)
@@ -106,7 +106,7 @@ def lasp2(
 
     if not causal:
         total = start + jnp.sum(_gathered(written, axis_name, wire_dtype), 0)
-        o = scale * jnp.einsum("bnhk,bhkv->bnhv", queries, total, precision=jax.lax.Precision.HIGHEST)
+        o = factor * jnp.einsum("bnhk,bhkv->bnhv", queries, total, precision=jax.lax.Precision.HIGHEST)
         return o.reshape(*batch, n, H, V).astype(q.dtype), total.reshape(*batch, H, K, V)
 
     decay = _decays(log_decay, batch, n, H, K, acc)
@@ -134,7 +134,7 @@ def lasp2(
 
     before = jax.lax.scan(after, _varying(start, states), (states, kept, enters))[1][index]
     mine = jnp.where(own[:, :, None, None], queries * jnp.exp(since), 0)
-    read = scale * jnp.einsum("bnhk,bhkv->bnhv", mine, before, precision=jax.lax.Precision.HIGHEST)
+    read = factor * jnp.einsum("bnhk,bhkv->bnhv", mine, before, precision=jax.lax.Precision.HIGHEST)
     o = (o.astype(acc) + read.reshape(o.shape)).astype(q.dtype)
     keeps = jnp.where(passes[:, None, None, None], jnp.exp(since[:, -1])[..., None], 0)
     return o, (keeps * before + written).reshape(*batch, H, K, V)
