@@ -125,7 +125,8 @@ def _target(case: dict[str, Any], verdict: dict[str, Any]) -> Sequence[str]:
 
 
 def _schedules(kernels: list[dict[str, Any]]) -> str:
-    head = ("chip", "work", "kernel", "blocks", "max(cost, floor), M", "floor, M", "MXU share", "loop body", "spills")
+    head = ("chip", "work", "kernel", "blocks", "max(cost, floor), M", "floor, M", "MXU share")
+    head += ("over causal softmax", "loop body", "spills")
     head += ("VMEM MiB", "HBM MiB", "measured")
     body = [
         (
@@ -136,6 +137,7 @@ def _schedules(kernels: list[dict[str, Any]]) -> str:
             f"**{max(kernel['cost'], kernel['floor']) / 1e6:.3f}**",
             f"{kernel['floor'] / 1e6:.3f}",
             f"{kernel['share']:.2f}",
+            f"{kernel['over_causal_softmax']:.3f}" if "over_causal_softmax" in kernel else "",
             str(kernel["body"]),
             f"{kernel['fills']} fills, {kernel['spills']} spills",
             f"{kernel['vmem_bytes'] / 2**20:.2f}",
