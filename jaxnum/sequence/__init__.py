@@ -13,7 +13,7 @@ take and give.
 >>> y.shape, y_next.shape
 ((3, 10, 32), (3, 32))
 
-Parameters are dicts of arrays for optax. All layers
+Parameters are dicts of arrays for optax; `jaxnum.interop` makes modules of flax and equinox from a layer. All layers
 take packed documents and padding by `segment_ids`.
 """
 

@@ -1,0 +1,60 @@
+"""What flax and equinox hold gives what the layer gives: outputs, gradients, decoding."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxnum.interop import to_equinox, to_flax
+from jaxnum.sequence import gated_delta_net, hedgehog
+
+LAYER = gated_delta_net(8, heads=2)
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 8)), "float32")
+IDS = jnp.asarray(np.repeat([[0, 1, -1]], [4, 4, 1], axis=1).repeat(2, 0), jnp.int32)
+
+
+def equal(got, want):
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_flax():
+    module = to_flax(LAYER)
+    variables = module.init(jax.random.key(1), X)
+    params = variables["params"]["layer"]
+    assert jax.tree.structure(params) == jax.tree.structure(LAYER.init(jax.random.key(1)))
+    y, cache = module.apply(variables, X, segment_ids=IDS)
+    equal((y, cache), LAYER.apply(params, X, segment_ids=IDS))
+    equal(module.apply(variables, X[:, 0], cache, method="step"), LAYER.step(params, X[:, 0], cache))
+    got = jax.grad(lambda v: jnp.sum(module.apply(v, X)[0] ** 2))(variables)["params"]["layer"]
+    equal(got, jax.grad(lambda p: jnp.sum(LAYER.apply(p, X)[0] ** 2))(params))
+
+
+def test_equinox():
+    import equinox as eqx
+
+    module = to_equinox(LAYER, jax.random.key(1))
+    params = LAYER.init(jax.random.key(1))
+    equal(module.params, params)
+    y, cache = eqx.filter_jit(lambda m: m(X, segment_ids=IDS))(module)
+    equal((y, cache), jax.jit(lambda p: LAYER.apply(p, X, segment_ids=IDS))(params))
+    equal(module.step(X[:, 0], cache), LAYER.step(params, X[:, 0], cache))
+    got = eqx.filter_grad(lambda m: jnp.sum(m(X)[0] ** 2))(module).params
+    equal(got, jax.grad(lambda p: jnp.sum(LAYER.apply(p, X)[0] ** 2))(params))
+
+
+def test_feature_maps():
+    phi, x = hedgehog(2, 4), X.reshape(2, 9, 2, 4)
+    flax_module, module = to_flax(phi), to_equinox(phi, jax.random.key(1))
+    variables = flax_module.init(jax.random.key(1), x)
+    equal(flax_module.apply(variables, x), phi.apply(variables["params"]["layer"], x))
+    equal(module(x), phi.apply(phi.init(jax.random.key(1)), x))
+
+
+def test_bad_input():
+    sentence = "`layer` must be a jaxnum.sequence.Layer or FeatureMap; got int."
+    with pytest.raises(TypeError, match=re.escape(f"to_flax: {sentence}")):
+        to_flax(3)
+    with pytest.raises(TypeError, match=re.escape(f"to_equinox: {sentence}")):
+        to_equinox(3, jax.random.key(0))
