@@ -12,6 +12,8 @@ MEMBERS = pytest.mark.parametrize("member", KERNELS, ids=lambda m: m.name)
 EVERY = [
     pytest.param(m, name, id=f"{m.name}-{name}") for m in KERNELS for name in m.implementations if name != "reference"
 ]
+# Long where kernels are interpreted or differentiated: once, with the slow tests.
+NARROW = pytest.param("bfloat16", marks=pytest.mark.slow)
 PER_IMPLEMENTATION = ("sees_nothing", "padding", "packed", "repeats")
 
 
@@ -26,14 +28,14 @@ def test_forward_in_float64(member, x64):
     kernel.check_forward(member, "xla", "float64")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", [NARROW, "float32", "float64"])
 @MEMBERS
 def test_gradients(member, dtype):
     with jax.enable_x64(dtype == "float64"):
         kernel.check_gradients(member, "xla", dtype)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", [NARROW, "float32"])
 @pytest.mark.parametrize(
     ("member", "name"), [pytest.param(m, n, id=f"{m.name}-{n}") for m in KERNELS for n in m.backward]
 )
