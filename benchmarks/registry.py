@@ -114,6 +114,7 @@ EXEMPT = {
     "hedgehog_distillation_loss": "two score matrices a chunk, computed as they stand",
     "gated_delta_net": "delta_rule, which has a row, between matrix products",
     "mamba_block": "selective_scan, which has a row, between matrix products",
+    "bidirectional": "two layers and three flips",
     "prefix_linear_attention": "linear_attention, which has a row, between matrix products",
     "lasp2": "linear_attention, which has a row, and one message that this machine's virtual devices do not time",
     "lasp2_hybrid_attention": "attention, which has a row, and one message likewise",

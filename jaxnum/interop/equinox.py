@@ -6,22 +6,23 @@ from typing import Any
 
 import jax
 
-from jaxnum.sequence import FeatureMap, Layer
+from jaxnum.sequence import BidirectionalLayer, FeatureMap, Layer
 from kernels_pallas import checks
 
 
-def to_equinox(layer: Layer | FeatureMap, key: jax.Array) -> Any:
+def to_equinox(layer: Layer | BidirectionalLayer | FeatureMap, key: jax.Array) -> Any:
     """An `equinox.Module` that holds the parameters of a layer or a feature map.
 
     Its field `params` is the tree that `layer.init(key)` makes; everything else is static.
 
     Args:
-      layer: a `jaxnum.sequence.Layer` or `FeatureMap`.
+      layer: a `jaxnum.sequence.Layer`, `BidirectionalLayer` or `FeatureMap`.
       key: a typed key, for the parameters.
 
     Returns:
       A module. Of a layer, `module(x, *, segment_ids=None, cache=None)` gives (y, cache), and `module.step(x, cache)`
-      takes one token more; of a feature map, `module(x)` gives features.
+      takes one token more; of a bidirectional layer, `module(x, *, segment_ids=None)` gives y; of a feature map,
+      `module(x)` gives features.
 
     Raises:
       TypeError: anything else.
@@ -36,8 +37,8 @@ def to_equinox(layer: Layer | FeatureMap, key: jax.Array) -> Any:
       >>> y.shape
       (3, 10, 16)
     """
-    wanted = "be a jaxnum.sequence.Layer or FeatureMap"
-    known = isinstance(layer, Layer | FeatureMap)
+    wanted = "be a jaxnum.sequence.Layer, BidirectionalLayer or FeatureMap"
+    known = isinstance(layer, Layer | BidirectionalLayer | FeatureMap)
     checks.value("to_equinox", "layer", known, wanted, type(layer).__name__, error=TypeError)
     import equinox as eqx
 
@@ -50,6 +51,16 @@ def to_equinox(layer: Layer | FeatureMap, key: jax.Array) -> Any:
                 return layer.apply(self.params, x)
 
         return EquinoxFeatureMap(layer.init(key))
+
+    if isinstance(layer, BidirectionalLayer):
+
+        class EquinoxBidirectionalLayer(eqx.Module):
+            params: Any
+
+            def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
+                return layer.apply(self.params, x, segment_ids=segment_ids)
+
+        return EquinoxBidirectionalLayer(layer.init(key))
 
     class EquinoxLayer(eqx.Module):
         params: Any

@@ -6,21 +6,22 @@ from typing import Any
 
 import jax
 
-from jaxnum.sequence import FeatureMap, Layer
+from jaxnum.sequence import BidirectionalLayer, FeatureMap, Layer
 from kernels_pallas import checks
 
 
-def to_flax(layer: Layer | FeatureMap) -> Any:
+def to_flax(layer: Layer | BidirectionalLayer | FeatureMap) -> Any:
     """A `flax.linen.Module` with the parameters and the arithmetic of a layer or a feature map.
 
     The module holds one parameter, named "layer", with the tree that `layer.init` makes.
 
     Args:
-      layer: a `jaxnum.sequence.Layer` or `FeatureMap`.
+      layer: a `jaxnum.sequence.Layer`, `BidirectionalLayer` or `FeatureMap`.
 
     Returns:
       An unbound module. Of a layer, `module(x, *, segment_ids=None, cache=None)` gives (y, cache), and its method
-      `step` takes (x, cache) of one token; of a feature map, `module(x)` gives features.
+      `step` takes (x, cache) of one token; of a bidirectional layer, `module(x, *, segment_ids=None)` gives y; of a
+      feature map, `module(x)` gives features.
 
     Raises:
       TypeError: anything else.
@@ -37,8 +38,8 @@ def to_flax(layer: Layer | FeatureMap) -> Any:
       >>> y.shape
       (3, 10, 16)
     """
-    wanted = "be a jaxnum.sequence.Layer or FeatureMap"
-    known = isinstance(layer, Layer | FeatureMap)
+    wanted = "be a jaxnum.sequence.Layer, BidirectionalLayer or FeatureMap"
+    known = isinstance(layer, Layer | BidirectionalLayer | FeatureMap)
     checks.value("to_flax", "layer", known, wanted, type(layer).__name__, error=TypeError)
     import flax.linen as nn
 
@@ -50,6 +51,15 @@ def to_flax(layer: Layer | FeatureMap) -> Any:
                 return layer.apply(self.param("layer", layer.init), x)
 
         return FlaxFeatureMap()
+
+    if isinstance(layer, BidirectionalLayer):
+
+        class FlaxBidirectionalLayer(nn.Module):
+            @nn.compact
+            def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
+                return layer.apply(self.param("layer", layer.init), x, segment_ids=segment_ids)
+
+        return FlaxBidirectionalLayer()
 
     class FlaxLayer(nn.Module):
         def setup(self) -> None:

@@ -17,6 +17,7 @@ Parameters are dicts of arrays for optax; `jaxnum.interop` makes modules of flax
 take packed documents and padding by `segment_ids`.
 """
 
+from jaxnum.sequence._bidirectional import bidirectional
 from jaxnum.sequence._diag_attention import diag_attention
 from jaxnum.sequence._elu1 import elu1
 from jaxnum.sequence._gated_delta_net import gated_delta_net
@@ -33,11 +34,13 @@ from jaxnum.sequence._t2r import t2r
 from jaxnum.sequence._taylor2 import taylor2
 from jaxnum.sequence._transnormer_block import transnormer_block
 from jaxnum.sequence.feature_map import FeatureMap
-from jaxnum.sequence.layer import Layer
+from jaxnum.sequence.layer import BidirectionalLayer, Layer
 
 __all__ = [
+    "BidirectionalLayer",
     "FeatureMap",
     "Layer",
+    "bidirectional",
     "diag_attention",
     "elu1",
     "gated_delta_net",

@@ -39,6 +39,19 @@ class Layer(NamedTuple):
     init_cache: Callable[..., PyTree]
 
 
+class BidirectionalLayer(NamedTuple):
+    """A layer whose outputs depend on the tokens on both sides, as two pure functions on pytrees.
+
+    Attributes:
+      init: `init(key) -> params`.
+      apply: `apply(params, x, *, segment_ids=None) -> y` on a whole sequence x [*B, T, width], with `segment_ids` as for
+        a `Layer`.
+    """
+
+    init: Callable[[jax.Array], PyTree]
+    apply: Callable[..., jax.Array]
+
+
 def check_sizes(name: str, sizes: dict[str, int]) -> None:
     """Check that sizes are Python ints, at least 1."""
     for argument, size in sizes.items():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxnum.interop import to_equinox, to_flax
-from jaxnum.sequence import gated_delta_net, hedgehog
+from jaxnum.sequence import bidirectional, gated_delta_net, hedgehog, mamba_block
 
 LAYER = gated_delta_net(8, heads=2)
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 8)), "float32")
@@ -52,8 +52,17 @@ def test_feature_maps():
     equal(module(x), phi.apply(phi.init(jax.random.key(1)), x))
 
 
+def test_bidirectional_layers():
+    layer = bidirectional(mamba_block(8, states=2))
+    flax_module, module = to_flax(layer), to_equinox(layer, jax.random.key(1))
+    variables = flax_module.init(jax.random.key(1), X)
+    y = flax_module.apply(variables, X, segment_ids=IDS)
+    equal(y, layer.apply(variables["params"]["layer"], X, segment_ids=IDS))
+    equal(module(X, segment_ids=IDS), layer.apply(layer.init(jax.random.key(1)), X, segment_ids=IDS))
+
+
 def test_bad_input():
-    sentence = "`layer` must be a jaxnum.sequence.Layer or FeatureMap; got int."
+    sentence = "`layer` must be a jaxnum.sequence.Layer, BidirectionalLayer or FeatureMap; got int."
     with pytest.raises(TypeError, match=re.escape(f"to_flax: {sentence}")):
         to_flax(3)
     with pytest.raises(TypeError, match=re.escape(f"to_equinox: {sentence}")):
