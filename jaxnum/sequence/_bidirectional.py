@@ -17,8 +17,8 @@ _NAME = "bidirectional"
 def bidirectional(forward: layers.Layer, backward: layers.Layer | None = None) -> layers.BidirectionalLayer:
     """A layer in which every token sees what precedes it and what follows: y = f(x) + flip(g(flip(x))).
 
-    f and g have parameters of their own, and each starts from an empty cache. Each document of a packed row is read from
-    its own two ends, and padding, wherever it stands, is read by neither.
+    f and g have parameters of their own, and each starts from an empty cache. Each document of a packed row is read
+    from its own two ends, and padding, wherever it stands, is read by neither.
 
     Args:
       forward: f, read from the first token to the last, for example a `mamba_block`.

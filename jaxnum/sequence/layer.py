@@ -44,8 +44,8 @@ class BidirectionalLayer(NamedTuple):
 
     Attributes:
       init: `init(key) -> params`.
-      apply: `apply(params, x, *, segment_ids=None) -> y` on a whole sequence x [*B, T, width], with `segment_ids` as for
-        a `Layer`.
+      apply: `apply(params, x, *, segment_ids=None) -> y` on a whole sequence x [*B, T, width], with `segment_ids` as
+        for a `Layer`.
     """
 
     init: Callable[[jax.Array], PyTree]
