@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -20,9 +21,9 @@ def to_equinox(layer: Layer | BidirectionalLayer | FeatureMap, key: jax.Array) -
       key: a typed key, for the parameters.
 
     Returns:
-      A module. Of a layer, `module(x, *, segment_ids=None, cache=None)` gives (y, cache), and `module.step(x, cache)`
-      takes one token more; of a bidirectional layer, `module(x, *, segment_ids=None)` gives y; of a feature map,
-      `module(x)` gives features.
+      A module. Of a layer, `module(x, *, segment_ids=None, cache=None)` gives (y, cache), with `prefix_mask` too where
+      the layer takes one; `module.step(x, cache)` takes one token more, and `module.init_cache` makes the first cache.
+      Of a bidirectional layer, `module(x, *, segment_ids=None)` gives y; of a feature map, `module(x)` gives features.
 
     Raises:
       TypeError: anything else.
@@ -40,35 +41,42 @@ def to_equinox(layer: Layer | BidirectionalLayer | FeatureMap, key: jax.Array) -
     wanted = "be a jaxnum.sequence.Layer, BidirectionalLayer or FeatureMap"
     known = isinstance(layer, Layer | BidirectionalLayer | FeatureMap)
     checks.value("to_equinox", "layer", known, wanted, type(layer).__name__, error=TypeError)
+    recurrent, other = _modules()
+    return (recurrent if isinstance(layer, Layer) else other)(layer, layer.init(key))
+
+
+@cache
+def _modules() -> tuple[Any, Any]:
+    """The modules of layers with a cache and of those without; one of each, so that modules of a layer can map."""
     import equinox as eqx
 
-    if isinstance(layer, FeatureMap):
-
-        class EquinoxFeatureMap(eqx.Module):
-            params: Any
-
-            def __call__(self, x: jax.Array) -> jax.Array:
-                return layer.apply(self.params, x)
-
-        return EquinoxFeatureMap(layer.init(key))
-
-    if isinstance(layer, BidirectionalLayer):
-
-        class EquinoxBidirectionalLayer(eqx.Module):
-            params: Any
-
-            def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
-                return layer.apply(self.params, x, segment_ids=segment_ids)
-
-        return EquinoxBidirectionalLayer(layer.init(key))
-
     class EquinoxLayer(eqx.Module):
+        layer: Layer = eqx.field(static=True)
         params: Any
 
-        def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None, cache: Any = None) -> Any:
-            return layer.apply(self.params, x, segment_ids=segment_ids, cache=cache)
+        def __call__(
+            self,
+            x: jax.Array,
+            *,
+            segment_ids: jax.Array | None = None,
+            cache: Any = None,
+            prefix_mask: jax.Array | None = None,
+        ) -> Any:
+            more = {} if prefix_mask is None else {"prefix_mask": prefix_mask}
+            return self.layer.apply(self.params, x, segment_ids=segment_ids, cache=cache, **more)
 
         def step(self, x: jax.Array, cache: Any) -> Any:
-            return layer.step(self.params, x, cache)
+            return self.layer.step(self.params, x, cache)
 
-    return EquinoxLayer(layer.init(key))
+        def init_cache(self, batch: int | tuple[int, ...] = (), dtype: Any = float) -> Any:
+            return self.layer.init_cache(batch, dtype)
+
+    class EquinoxMap(eqx.Module):
+        layer: BidirectionalLayer | FeatureMap = eqx.field(static=True)
+        params: Any
+
+        def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
+            more = {} if segment_ids is None else {"segment_ids": segment_ids}
+            return self.layer.apply(self.params, x, **more)
+
+    return EquinoxLayer, EquinoxMap

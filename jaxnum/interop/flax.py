@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -19,9 +20,10 @@ def to_flax(layer: Layer | BidirectionalLayer | FeatureMap) -> Any:
       layer: a `jaxnum.sequence.Layer`, `BidirectionalLayer` or `FeatureMap`.
 
     Returns:
-      An unbound module. Of a layer, `module(x, *, segment_ids=None, cache=None)` gives (y, cache), and its method
-      `step` takes (x, cache) of one token; of a bidirectional layer, `module(x, *, segment_ids=None)` gives y; of a
-      feature map, `module(x)` gives features.
+      An unbound module. Of a layer, `module(x, *, segment_ids=None, cache=None)` gives (y, cache), with `prefix_mask`
+      too where the layer takes one; its method `step` takes (x, cache) of one token, and `module.init_cache` makes the
+      first cache. Of a bidirectional layer, `module(x, *, segment_ids=None)` gives y; of a feature map, `module(x)`
+      gives features.
 
     Raises:
       TypeError: anything else.
@@ -41,34 +43,45 @@ def to_flax(layer: Layer | BidirectionalLayer | FeatureMap) -> Any:
     wanted = "be a jaxnum.sequence.Layer, BidirectionalLayer or FeatureMap"
     known = isinstance(layer, Layer | BidirectionalLayer | FeatureMap)
     checks.value("to_flax", "layer", known, wanted, type(layer).__name__, error=TypeError)
+    recurrent, other = _modules()
+    return recurrent(layer) if isinstance(layer, Layer) else other(layer)
+
+
+@cache
+def _modules() -> tuple[Any, Any]:
+    """The modules of layers with a cache and of those without; one of each, so that equal ones are equal."""
     import flax.linen as nn
 
-    if isinstance(layer, FeatureMap):
-
-        class FlaxFeatureMap(nn.Module):
-            @nn.compact
-            def __call__(self, x: jax.Array) -> jax.Array:
-                return layer.apply(self.param("layer", layer.init), x)
-
-        return FlaxFeatureMap()
-
-    if isinstance(layer, BidirectionalLayer):
-
-        class FlaxBidirectionalLayer(nn.Module):
-            @nn.compact
-            def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
-                return layer.apply(self.param("layer", layer.init), x, segment_ids=segment_ids)
-
-        return FlaxBidirectionalLayer()
-
     class FlaxLayer(nn.Module):
-        def setup(self) -> None:
-            self.layer = self.param("layer", layer.init)
+        of: Layer
 
-        def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None, cache: Any = None) -> Any:
-            return layer.apply(self.layer, x, segment_ids=segment_ids, cache=cache)
+        def setup(self) -> None:
+            self.layer = self.param("layer", self.of.init)
+
+        def __call__(
+            self,
+            x: jax.Array,
+            *,
+            segment_ids: jax.Array | None = None,
+            cache: Any = None,
+            prefix_mask: jax.Array | None = None,
+        ) -> Any:
+            more = {} if prefix_mask is None else {"prefix_mask": prefix_mask}
+            return self.of.apply(self.layer, x, segment_ids=segment_ids, cache=cache, **more)
 
         def step(self, x: jax.Array, cache: Any) -> Any:
-            return layer.step(self.layer, x, cache)
+            return self.of.step(self.layer, x, cache)
 
-    return FlaxLayer()
+        @nn.nowrap
+        def init_cache(self, batch: int | tuple[int, ...] = (), dtype: Any = float) -> Any:
+            return self.of.init_cache(batch, dtype)
+
+    class FlaxMap(nn.Module):
+        of: BidirectionalLayer | FeatureMap
+
+        @nn.compact
+        def __call__(self, x: jax.Array, *, segment_ids: jax.Array | None = None) -> jax.Array:
+            more = {} if segment_ids is None else {"segment_ids": segment_ids}
+            return self.of.apply(self.param("layer", self.of.init), x, **more)
+
+    return FlaxLayer, FlaxMap

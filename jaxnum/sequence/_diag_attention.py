@@ -67,6 +67,8 @@ def diag_attention(
     checks.dtype(_NAME, "integer", segment_ids=segment_ids)
     checks.choice(_NAME, "kind", kind, ("softmax", "relu"))
     layer.check_sizes(_NAME, {"block_size": block_size})
+    layer.check_eps(_NAME, eps)
+    dtype = q.dtype
     T = sizes["T"]
     scale = float(sizes["D"] ** -0.5 if scale is None else scale)
     if T == 0:
@@ -84,7 +86,9 @@ def diag_attention(
     else:
         o = _relu(q, k, v, ids, causal, scale)
     o = o.reshape(*sizes["B"], -1, *o.shape[-2:])[..., :T, :, :]
-    return o if kind == "softmax" else layer.split_heads(layer.rms_norm(layer.join_heads(o), eps=eps), sizes["H"])
+    if kind == "softmax":
+        return o
+    return layer.split_heads(layer.rms_norm(layer.join_heads(o), eps=eps), sizes["H"]).astype(dtype)
 
 
 def _blocks(x: jax.Array, width: int, T: int, fill: int = 0) -> jax.Array:
@@ -103,4 +107,4 @@ def _relu(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, causal: bool
     seen = jnp.tril(seen) if causal else seen
     scores = scale * jnp.einsum("bihd,bjhd->bhij", wide_q, wide_k, precision=highest)
     weights = jnp.where(seen[:, None], jax.nn.relu(scores), 0)
-    return jnp.einsum("bhij,bjhv->bihv", weights, wide_v, precision=highest).astype(q.dtype)
+    return jnp.einsum("bhij,bjhv->bihv", weights, wide_v, precision=highest)

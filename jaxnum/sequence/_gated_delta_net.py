@@ -120,6 +120,8 @@ def gated_delta_net(
     checks.value(_NAME, "value_heads", value_heads % heads == 0, f"be a multiple of heads={heads}", value_heads)
     checks.choice(_NAME, "eigenvalues", eigenvalues, ("positive", "symmetric"))
     checks.choice(_NAME, "decay", decay, (None, "token", "channel"))
+    layers.check_eps(_NAME, eps)
+    layers.check_implementation(_NAME, implementation)
     options = _Options(
         width,
         heads,

@@ -34,7 +34,7 @@ def hedgehog(
 
     Returns:
       A `FeatureMap` of width 2 * features with parameters {"weight": [heads, dim, features]} and, with `bias`,
-      {"bias": [heads, features]}. Features are at least 1e-12.
+      {"bias": [heads, features]}. Features are at least 1e-12, or the least normal number of their dtype.
 
     Raises:
       ValueError: an option is out of range; ShapeError, DtypeError: what it is applied to does not fit.
@@ -63,7 +63,7 @@ def hedgehog(
         y = feature_map.project(params, feature_map.enter("hedgehog", x, heads, dim))
         of = jax.nn.softmax if activation == "softmax" else jnp.exp
         phi = jnp.concatenate([of(y), of(-y)], -1)
-        return jnp.maximum(phi, _LEAST).astype(x.dtype)
+        return jnp.maximum(phi, max(_LEAST, float(jnp.finfo(x.dtype).smallest_normal))).astype(x.dtype)
 
     return feature_map.FeatureMap(init, apply, 2 * rows)
 
@@ -93,7 +93,8 @@ def hedgehog_distillation_loss(
       feature_k: of the keys [*B, T, H, F].
       scale: of the teacher's scores; default D ** -0.5.
       causal: query i sees keys up to i, else all.
-      segment_ids: int32 [*B, T]: only equal ids see each other; a negative one is padding and counts for nothing.
+      segment_ids: int32 [*B, T], packed documents, as in `kernels_pallas.linear_attention`: a new one starts where the
+        id changes, and only tokens of one see each other. A negative id is padding and counts for nothing.
       chunk_size: queries at a time.
 
     Returns:
@@ -132,7 +133,10 @@ def hedgehog_distillation_loss(
     N, T = math.prod(sizes["B"]), sizes["T"]
     q, k, feature_q, feature_k = (x.astype(dtype).reshape(N, *x.shape[-3:]) for x in (q, k, feature_q, feature_k))
     q, k = jax.lax.stop_gradient((q * (sizes["D"] ** -0.5 if scale is None else scale), k))
-    ids = jnp.zeros((N, T), jnp.int32) if segment_ids is None else segment_ids.reshape(N, T)
+    ids = jnp.zeros((N, T), jnp.int32)
+    if segment_ids is not None:
+        segments, valid = layer.segments_of(segment_ids.reshape(N, T))
+        ids = jnp.where(valid, segments, -1)
     q, k, feature_q, feature_k = (jnp.where((ids >= 0)[..., None, None], x, 0) for x in (q, k, feature_q, feature_k))
     place = jnp.arange(T)
     chunk = min(chunk_size, T)

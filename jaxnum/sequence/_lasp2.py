@@ -7,12 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels_pallas import attention, checks, linear_attention, recurrence
 
 _NAME, _HYBRID = "lasp2", "lasp2_hybrid_attention"
-# A float32 holds whole numbers below 2^24: an id travels as two halves.
-_HALF = 2**16
+# Every floating-point dtype holds whole numbers up to 256: an id travels as its bytes.
+_BYTES = 4
+# What decays are multiplied by on their way, so that little of them is below the least number of float16.
+_WHOLE = 64.0
 
 
 def lasp2(
@@ -48,8 +51,8 @@ def lasp2(
       segment_ids: int32 [*B, n] of its tokens, as in `linear_attention`; documents may reach over devices.
       scale: of q . k; default K ** -0.5.
       chunk_size: tokens computed at once; only speed depends on it.
-      wire_dtype: of the states on their way; default that of states. A 16-bit one halves the message; its error grows
-        like the square root of the number of devices.
+      wire_dtype: floating-point, of the states on their way; default that of states. A 16-bit one halves the message
+        and rounds the states once. Decays and ids arrive whole: in 16 bits they take the place of several numbers.
       implementation: as in `linear_attention`.
 
     Returns:
@@ -60,7 +63,7 @@ def lasp2(
       ShapeError, DtypeError, ValueError, NotImplementedError: as `linear_attention`; no such axis here.
 
     Cost: that of `linear_attention` on n tokens, 2 n H K V flops more, and one all-gather of H K (V + 1) numbers a
-      device and row, whatever n is; the backward pass has one reduce-scatter of as many.
+      device and row at most, and 10 for segments, whatever n is; the backward pass has one reduce-scatter of as many.
 
     Derivatives: reverse mode, and reverse over reverse; all modes through "reference".
 
@@ -79,6 +82,9 @@ def lasp2(
       True
     """
     shards, index = _axis(_NAME, axis_name)
+    if wire_dtype is not None:
+        floating = jnp.issubdtype(wire_dtype, jnp.floating)
+        checks.value(_NAME, "wire_dtype", floating, "be None or a floating-point dtype", wire_dtype, error=TypeError)
     if not causal:
         for argument, given in (("log_decay", log_decay), ("segment_ids", segment_ids)):
             checks.value(_NAME, argument, given is None, "be absent where `causal` is False", "both")
@@ -105,7 +111,7 @@ def lasp2(
     queries = jnp.repeat(queries, H // queries.shape[2], axis=2)
 
     if not causal:
-        total = start + jnp.sum(_gathered(written, axis_name, wire_dtype), 0)
+        total = start + jnp.sum(_gathered([written], axis_name, wire_dtype)[0], 0)
         o = factor * jnp.einsum("bnhk,bhkv->bnhv", queries, total, precision=jax.lax.Precision.HIGHEST)
         return o.reshape(*batch, n, H, V).astype(q.dtype), total.reshape(*batch, H, K, V)
 
@@ -114,17 +120,16 @@ def lasp2(
     own, passes, valid = _own_segment(ids, (math.prod(batch), n))
     decay = jnp.where(valid[:, :, None, None], decay, 0)
     since = jnp.cumsum(decay, 1)
-    message = [written.reshape(*written.shape[:1], -1), since[:, -1].reshape(written.shape[0], -1)]
+    # Below that a decay is 0 in every dtype of states, and a sum might be too much for 16 bits.
+    message = [written, *_pieces(_WHOLE * jnp.maximum(since[:, -1], -1000.0), wire_dtype)]
     if ids is not None:
         message.append(_ends(ids, valid, passes).astype(acc))
-    sizes = [part.shape[1] for part in message]
-    gathered = _gathered(jnp.concatenate(message, 1), axis_name, wire_dtype if ids is None else None)
-    states, lasts, *ends = jnp.split(gathered, [sizes[0], sizes[0] + sizes[1]][: len(sizes) - 1], axis=2)
-    states = states.reshape(shards, -1, H, K, V)
-    kept = jnp.exp(lasts).reshape(shards, -1, H, since.shape[-1], 1)
+    states, *rest = _gathered(message, axis_name, wire_dtype)
+    lasts = sum(rest[: len(rest) - (ids is not None)]) / _WHOLE
+    kept = jnp.exp(lasts)[..., None]
     enters = jnp.ones((shards, states.shape[1]), bool)
-    if ends:
-        enters, through = _entering(ends[0])
+    if ids is not None:
+        enters, through = _entering(rest[-1])
         kept = kept * through[:, :, None, None, None]
 
     def after(state: jax.Array, shard: tuple) -> tuple[jax.Array, jax.Array]:
@@ -133,7 +138,8 @@ def lasp2(
         return kept * before + written, before
 
     before = jax.lax.scan(after, _varying(start, states), (states, kept, enters))[1][index]
-    mine = jnp.where(own[:, :, None, None], queries * jnp.exp(since), 0)
+    # Padding may hold NaN, which must meet no factor that has a derivative.
+    mine = jnp.where(own[:, :, None, None], queries, 0) * jnp.exp(since)
     read = factor * jnp.einsum("bnhk,bhkv->bnhv", mine, before, precision=jax.lax.Precision.HIGHEST)
     o = (o.astype(acc) + read.reshape(o.shape)).astype(q.dtype)
     keeps = jnp.where(passes[:, None, None, None], jnp.exp(since[:, -1])[..., None], 0)
@@ -224,10 +230,26 @@ def _axis(function: str, axis_name: Any) -> tuple[int, jax.Array]:
         raise
 
 
-def _gathered(x: jax.Array, axis_name: Any, wire_dtype: Any) -> jax.Array:
-    """[W, ...] of all devices."""
-    sent = x if wire_dtype is None else x.astype(wire_dtype)
-    return jax.lax.all_gather(sent, axis_name).astype(x.dtype)
+def _gathered(parts: list[jax.Array], axis_name: Any, wire_dtype: Any) -> list[jax.Array]:
+    """[W, B, ...] of all devices, for parts [B, ...] that travel together."""
+    sent = jnp.concatenate([part.reshape(part.shape[0], -1) for part in parts], 1)
+    sent = sent if wire_dtype is None else sent.astype(wire_dtype)
+    arrived = jax.lax.all_gather(sent, axis_name).astype(parts[0].dtype)
+    cuts = np.cumsum([math.prod(part.shape[1:]) for part in parts])[:-1]
+    split = jnp.split(arrived, cuts.tolist(), axis=2)
+    return [x.reshape(x.shape[0], *part.shape) for x, part in zip(split, parts, strict=True)]
+
+
+def _pieces(x: jax.Array, wire_dtype: Any) -> list[jax.Array]:
+    """Numbers whose sum is x, each of which a dtype holds."""
+    if wire_dtype is None or jnp.finfo(wire_dtype).nmant >= jnp.finfo(x.dtype).nmant:
+        return [x]
+    info, pieces = jnp.finfo(wire_dtype), []
+    while len(pieces) * (info.nmant + 1) <= jnp.finfo(x.dtype).nmant:
+        # A compiler may leave out a cast to fewer bits and back, and this it may not.
+        pieces.append(jax.lax.reduce_precision(x, info.nexp, info.nmant))
+        x = x - pieces[-1]
+    return pieces
 
 
 def _varying(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -259,22 +281,22 @@ def _own_segment(ids: jax.Array | None, shape: tuple[int, int]) -> tuple[jax.Arr
 
 
 def _ends(ids: jax.Array, valid: jax.Array, passes: jax.Array) -> jax.Array:
-    """[B, 6]: first and last id in halves, whether there is any, and whether there is but one document."""
+    """[B, 10]: first and last id in bytes, whether there is any, and whether there is but one document."""
     n = ids.shape[1]
     place = jnp.arange(n)
     first = jnp.min(jnp.where(valid, place, n - 1), 1)
     last = jnp.max(jnp.where(valid, place, 0), 1)
-    halves = []
+    pieces = []
     for at in (first, last):
         chosen = jnp.take_along_axis(ids, at[:, None], 1)[:, 0]
-        halves += [chosen // _HALF, chosen % _HALF]
-    return jnp.stack([*halves, jnp.any(valid, 1), passes], 1)
+        pieces += [(chosen >> 8 * byte) & 255 for byte in range(_BYTES)]
+    return jnp.stack([*pieces, jnp.any(valid, 1), passes], 1)
 
 
 def _entering(ends: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Whether the state before a shard belongs to its first document, and whether it goes through [W, B] each."""
-    first, last = ends[..., :2], ends[..., 2:4]
-    some, passes = ends[..., 4] > 0, ends[..., 5] > 0
+    first, last = ends[..., :_BYTES], ends[..., _BYTES : 2 * _BYTES]
+    some, passes = ends[..., -2] > 0, ends[..., -1] > 0
 
     def step(carry: tuple, shard: tuple) -> tuple[tuple, jax.Array]:
         known, before = carry

@@ -27,7 +27,7 @@ def lightning_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Causal linear attention with weights scale exp(-slope_h (t - s)) q_t . k_s, without softmax or normaliser.
 
-    `kernels_pallas.linear_attention` with `log_decay` = -slopes and scale 1.
+    `kernels_pallas.linear_attention` with `log_decay` = -slopes.
 
     Args:
       q: queries [*B, T, H, K].
@@ -63,8 +63,12 @@ def lightning_attention(
     # Heads of q, k and v are checked by the kernel, which lets some be fewer.
     heads = max((x.shape[-2] for x in (q, k, v) if jnp.ndim(x) > 1), default=0)
     slopes = lightning_attention_slopes(max(heads, 1)) if slopes is None else slopes
+    slopes = jnp.asarray(slopes)
     checks.shape(_NAME, slopes=(slopes, f"{heads}"))
     checks.dtype(_NAME, "floating", slopes=slopes)
+    if not checks.traced(slopes):
+        least = float(np.min(slopes, initial=0.0))
+        checks.value(_NAME, "slopes", least >= 0, "be >= 0", least, "They are minus the logarithms of decays.")
     return linear_attention(
         q,
         k,
@@ -78,16 +82,21 @@ def lightning_attention(
     )
 
 
-def lightning_attention_slopes(heads: int, *, layer: int = 0, num_layers: int | None = None) -> jax.Array:
-    """The slopes of the paper: those of ALiBi, smaller in deeper layers.
+def lightning_attention_slopes(
+    heads: int, *, layer: int = 0, num_layers: int | None = None, kind: str = "geometric"
+) -> jax.Array:
+    """Slopes of the heads, smaller in deeper layers.
 
-    2^(-8 (h + 1) / H) for H a power of two; else those of the power of two below H, then every second one of the power
-    above. Layer l of L multiplies them by 1 - l / (L - 1) + 1e-5, so that the last one hardly forgets.
+    "geometric", the slopes of ALiBi, which released models have: 2^(-8 (h + 1) / H) for H a power of two; else those of
+    the power of two below H, then every second one of the power above. Layer l of L multiplies them by
+    1 - l / (L - 1) + 1e-5, so that the last one hardly forgets. "linear", as the paper prints them: 8 h / H, which
+    layer l of L multiplies by 1 - l / L.
 
     Args:
-      heads: H, at least 1.
+      heads: H, at least 1; h counts from 0.
       layer: l, from 0.
       num_layers: L; None leaves the factor out.
+      kind: "geometric" or "linear".
 
     Returns:
       slopes [H].
@@ -95,16 +104,29 @@ def lightning_attention_slopes(heads: int, *, layer: int = 0, num_layers: int | 
     Raises:
       ValueError: a size is no positive int, or the layer is none of `num_layers`.
 
-    Source: O. Press et al., "Train short, test long", 2021, arXiv 2108.12409; the factor: Z. Qin et al.,
-      "TransNormerLLM", 2023, arXiv 2307.14995, section 3.1. Another library's operation of this name has decays linear
-      in h instead.
+    Source: "geometric": O. Press et al., "Train short, test long", 2021, arXiv 2108.12409, with the factor of the
+      released TransNormerLLM; "linear": Z. Qin et al., "Various lengths, constant speed", 2024, arXiv 2405.17381,
+      equation 10.
 
     Example:
       >>> lightning_attention_slopes(3).tolist()
       [0.0625, 0.00390625, 0.25]
     """
+    return jnp.asarray(slopes_of(heads, layer, num_layers, kind), float)
+
+
+def slopes_of(heads: int, layer: int, num_layers: int | None, kind: str = "geometric") -> np.ndarray:
+    """The same in NumPy, float64."""
     name = "lightning_attention_slopes"
     layers.check_sizes(name, {"heads": heads})
+    checks.choice(name, "kind", kind, ("geometric", "linear"))
+    inside = isinstance(layer, int) and 0 <= layer < (1 if num_layers is None else num_layers)
+    wanted = "be 0 without `num_layers`" if num_layers is None else f"be an int in [0, {num_layers})"
+    checks.value(name, "layer", inside, wanted, layer)
+    if num_layers is not None:
+        layers.check_sizes(name, {"num_layers": num_layers})
+    if kind == "linear":
+        return 8 * np.arange(heads) / heads * (1 - layer / (num_layers or 1))
     below = 2 ** (heads.bit_length() - 1)
 
     def geometric(count: int) -> np.ndarray:
@@ -112,7 +134,5 @@ def lightning_attention_slopes(heads: int, *, layer: int = 0, num_layers: int | 
 
     slopes = np.concatenate([geometric(below), geometric(2 * below)[::2][: heads - below]])
     if num_layers is not None:
-        layers.check_sizes(name, {"num_layers": num_layers})
-        checks.value(name, "layer", 0 <= layer < num_layers, f"be in [0, {num_layers})", layer)
         slopes = slopes * (1 - layer / max(num_layers - 1, 1) + 1e-5)
-    return jnp.asarray(slopes, float)
+    return slopes

@@ -89,6 +89,7 @@ def mamba_block(
     rank = -(-width // 16) if rank is None else rank
     layers.check_sizes(_NAME, {"inner": inner, "states": states, "rank": rank, "conv_width": conv_width})
     checks.choice(_NAME, "eigenvalues", eigenvalues, ("positive", "symmetric"))
+    layers.check_implementation(_NAME, implementation)
     options = _Options(width, inner, states, rank, conv_width, eigenvalues, chunk_size, implementation)
     return layers.Layer(
         partial(_init, options), partial(_apply, options), partial(_step, options), partial(_init_cache, options)

@@ -57,8 +57,12 @@ def norm_attention(
       ((1, 100, 4, 8), (1, 4, 8, 8))
     """
     checks.dtype(_NAME, "floating", q=q, k=k)
+    checks.same_dtype(_NAME, remedy="Cast them to one dtype.", q=q, k=k, v=v)
+    layer.check_eps(_NAME, eps)
+    checks.shape(_NAME, q=(q, "*B T H K"), k=(k, "*B T H K"), v=(v, "*B T H V"), segment_ids=(segment_ids, "*B T"))
+    dtype = q.dtype
+    q, k, v = layer.unbounded(q, k, v)
     if segment_ids is not None:
-        checks.shape(_NAME, q=(q, "*B T H K"), k=(k, "*B T H K"), segment_ids=(segment_ids, "*B T"))
         # phi of what the padding holds must not reach a derivative.
         q, k = (jnp.where(segment_ids[..., None, None] >= 0, x, 0) for x in (q, k))
     q, k = (1 + jax.nn.elu(x) for x in (q, k))
@@ -75,7 +79,7 @@ def norm_attention(
     )
     if not causal and segment_ids is not None:
         o = _add_later(o, q, k, v, segment_ids, chunk_size, implementation)
-    return layer.split_heads(layer.rms_norm(layer.join_heads(o), eps=eps), o.shape[-2]), state
+    return layer.split_heads(layer.rms_norm(layer.join_heads(o), eps=eps), o.shape[-2]).astype(dtype), state
 
 
 def _add_later(o: jax.Array, q, k, v, segment_ids, chunk_size, implementation) -> jax.Array:

@@ -65,7 +65,8 @@ def prefix_linear_attention(
 
     Returns:
       A `Layer` whose cache is a `PrefixLinearAttentionCache`. Its `apply` has `prefix_mask=None` as one argument more.
-      With segment_ids, each document is read with its own prefix.
+      With segment_ids, each document is read with its own prefix. A prefix is read by one call: cut a sequence behind
+      it, not inside; and a cache, an empty one too, and `step` go on without one.
 
     Raises:
       ValueError: an option is out of range; ShapeError, DtypeError: what it is applied to does not fit.
@@ -91,9 +92,12 @@ def prefix_linear_attention(
         checks.value(_NAME, "width", width % heads == 0, f"be a multiple of heads={heads}", width, "Or give value_dim.")
         value_dim = width // heads
     layers.check_sizes(_NAME, {"value_dim": value_dim})
+    layers.check_implementation(_NAME, implementation)
     valid = isinstance(prefix_length, int) and prefix_length >= 0
     checks.value(_NAME, "prefix_length", valid, "be an int of at least 0", prefix_length)
     features = taylor2(key_dim) if feature_map is None else feature_map
+    known, found = isinstance(features, FeatureMap), type(features).__name__
+    checks.value(_NAME, "feature_map", known, "be a jaxnum.sequence.FeatureMap", found, error=TypeError)
     options = _Options(width, heads, key_dim, value_dim, prefix_length, features, chunk_size, implementation)
     return layers.Layer(
         partial(_init, options), partial(_apply, options), partial(_step, options), partial(_init_cache, options)
@@ -127,6 +131,9 @@ def _apply(
         checks.shape(_NAME, prefix_mask=(prefix_mask, " ".join(map(str, x.shape[:-1]))))
         checks.dtype(_NAME, "bool", prefix_mask=prefix_mask)
     elif cache is None and o.prefix_length:
+        fits, wanted = o.prefix_length <= x.shape[-2], f"have at least prefix_length={o.prefix_length} tokens"
+        remedy = "Give prefix_mask for shorter prompts, or a cache to read on without a prefix."
+        checks.value(_NAME, "x", fits, wanted, x.shape[-2], remedy, error=checks.ShapeError)
         prefix_mask = jnp.broadcast_to(jnp.arange(x.shape[-2]) < o.prefix_length, x.shape[:-1])
     cache = layers.enter_cache(_NAME, cache, _init_cache(o, x.shape[:-2], x.dtype))
     q, k, v = _qkv(o, params, x)

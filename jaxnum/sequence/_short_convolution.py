@@ -6,6 +6,7 @@ The local mixing that stands before most recurrent layers. For long filters use 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jaxnum.core.precision import accumulator
 from kernels_pallas import checks, recurrence
 
-_NAME = "short_convolution"
+_NAME, _STEP = "short_convolution", "short_convolution_step"
 _ACTIVATIONS = (None, "silu")
 
 
@@ -69,7 +70,7 @@ def short_convolution(
     """
     checks.shape(_NAME, remedy="The layout is [*batch, tokens, channels].", x=(x, "*B T D"))
     *batch, T, D = x.shape
-    _check(x, kernel, bias, activation, initial_state, batch)
+    _check(_NAME, x, kernel, bias, activation, {"initial_state": initial_state}, batch)
     width = kernel.shape[0]
     if segment_ids is not None:
         checks.shape(_NAME, segment_ids=(segment_ids, " ".join(map(str, (*batch, T)))))
@@ -115,24 +116,32 @@ def short_convolution_step(
       >>> y.tolist(), state[:, 0].tolist()
       ([6.0], [2.0, 3.0])
     """
-    checks.shape(_NAME, remedy="The layout is [*batch, channels].", x=(x, "*B D"))
-    _check(x, kernel, bias, activation, state, x.shape[:-1])
+    checks.shape(_STEP, remedy="The layout is [*batch, channels].", x=(x, "*B D"))
+    _check(_STEP, x, kernel, bias, activation, {"state": state}, x.shape[:-1])
     held = jnp.concatenate([state, x[..., None, :]], -2)
     taps = [held[..., w, :] for w in range(kernel.shape[0])]
     return _finish(taps, kernel, bias, activation), held[..., 1:, :]
 
 
 def _check(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array | None, activation: str | None, state: jax.Array | None, batch
+    name: str,
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    activation: str | None,
+    state: dict[str, Any],
+    batch,
 ) -> None:
+    """Check the arguments of a function, with its state under the name that it has there."""
     D = x.shape[-1]
-    W = checks.shape(_NAME, kernel=(kernel, f"W {D}"), bias=(bias, f"{D}"))["W"]
-    checks.value(_NAME, "kernel", W > 0, "have at least one tap", W, error=checks.ShapeError)
-    checks.dtype(_NAME, "floating", x=x, kernel=kernel, bias=bias)
-    checks.choice(_NAME, "activation", activation, _ACTIVATIONS)
-    remedy = "It holds the inputs before the first token, one fewer than the kernel has taps."
-    checks.shape(_NAME, remedy=remedy, initial_state=(state, " ".join(map(str, (*batch, W - 1, D)))))
-    checks.same_dtype(_NAME, x=x, initial_state=state)
+    W = checks.shape(name, kernel=(kernel, f"W {D}"), bias=(bias, f"{D}"))["W"]
+    checks.value(name, "kernel", W > 0, "have at least one tap", W, error=checks.ShapeError)
+    checks.dtype(name, "floating", x=x, kernel=kernel, bias=bias)
+    checks.choice(name, "activation", activation, _ACTIVATIONS)
+    remedy = "It holds the inputs before the token, one fewer than the kernel has taps."
+    spec = " ".join(map(str, (*batch, W - 1, D)))
+    checks.shape(name, remedy=remedy, **{argument: (given, spec) for argument, given in state.items()})
+    checks.same_dtype(name, x=x, **state)
 
 
 def _finish(taps: list[jax.Array], kernel: jax.Array, bias: jax.Array | None, activation: str | None) -> jax.Array:

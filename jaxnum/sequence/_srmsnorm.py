@@ -33,5 +33,5 @@ def srmsnorm(x: jax.Array, *, eps: float = 1e-6) -> jax.Array:
       [1.0, -1.0, 1.0, 1.0]
     """
     checks.dtype("srmsnorm", "floating", x=x)
-    checks.value("srmsnorm", "eps", eps >= 0, "be >= 0", eps)
+    layer.check_eps("srmsnorm", eps)
     return layer.rms_norm(x, eps=eps)

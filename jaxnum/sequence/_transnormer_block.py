@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxnum.core.precision import accumulator
 from jaxnum.sequence import layer as layers
-from jaxnum.sequence._lightning_attention import lightning_attention, lightning_attention_slopes
+from jaxnum.sequence._lightning_attention import lightning_attention, slopes_of
 from kernels_pallas import checks, linear_attention_step
 
 _NAME = "transnormer_block"
@@ -97,18 +97,15 @@ def transnormer_block(
     layers.check_sizes(_NAME, {"head_dim": head_dim, "hidden": hidden})
     checks.choice(_NAME, "gate", gate, ("sigmoid", "linear"))
     checks.choice(_NAME, "value_activation", value_activation, ("silu", None))
-    slopes = _slopes(heads, layer, num_layers)
+    layers.check_eps(_NAME, eps)
+    layers.check_implementation(_NAME, implementation)
+    slopes = tuple(slopes_of(heads, layer, num_layers).tolist())
     options = _Options(
         width, heads, head_dim, hidden, slopes, gate, value_activation, relative_phase, eps, implementation
     )
     return layers.Layer(
         partial(_init, options), partial(_apply, options), partial(_step, options), partial(_init_cache, options)
     )
-
-
-def _slopes(heads: int, layer: int, num_layers: int | None) -> tuple[float, ...]:
-    with jax.ensure_compile_time_eval():
-        return tuple(lightning_attention_slopes(heads, layer=layer, num_layers=num_layers).tolist())
 
 
 def _init(o: _Options, key: jax.Array) -> layers.PyTree:
@@ -148,6 +145,7 @@ def _apply(
     if position is not None:
         places, position = _places(position, x.shape[-2], segment_ids)
         q, k = (_turn(params["phase"], y, places) for y in (q, k))
+    q, k, v = layers.unbounded(q, k, v)
     mixed, state = lightning_attention(
         q,
         k,
@@ -172,6 +170,7 @@ def _step(
         q, k = (_turn(params["phase"], y, position) for y in (q, k))
         position = position + 1
     decay = -jnp.asarray(o.slopes, cache.state.dtype)
+    q, k, v = layers.unbounded(q, k, v)
     mixed, state = linear_attention_step(cache.state, q, k, v, log_decay=decay, scale=1.0)
     return _finish(o, params, x, normed, mixed), TransnormerCache(state, position)
 
@@ -211,7 +210,7 @@ def _turn(phase: jax.Array, x: jax.Array, places: jax.Array) -> jax.Array:
 
 
 def _finish(o: _Options, params: layers.PyTree, x: jax.Array, normed: jax.Array, mixed: jax.Array) -> jax.Array:
-    mixed = layers.rms_norm(layers.join_heads(mixed), eps=o.eps)
+    mixed = layers.rms_norm(layers.join_heads(mixed), eps=o.eps).astype(x.dtype)
     if o.gate == "linear":
         gate = layers.times(normed, params["gate"])
     else:

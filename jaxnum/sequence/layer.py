@@ -84,6 +84,21 @@ def enter_cache(name: str, cache: _Cache | None, empty: _Cache) -> _Cache:
     return cache
 
 
+def check_eps(name: str, eps: float) -> None:
+    """Check the eps of a norm."""
+    checks.value(name, "eps", eps >= 0, "be >= 0", eps)
+
+
+def check_implementation(name: str, implementation: str | None) -> None:
+    """Check the name of an implementation where a layer is made; whether it can do a call, the kernel tells."""
+    checks.choice(name, "implementation", implementation, (None, "reference", "xla", "tpu", "gpu"))
+
+
+def unbounded(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Arrays of float16 as float32, for sums that a norm follows: there they may be too much for float16."""
+    return tuple(x.astype(jnp.float32) if x.dtype == jnp.float16 else x for x in arrays)
+
+
 def sums(dtype: Any) -> Any:
     """The dtype of states for inputs of a dtype, Python's float included."""
     return accumulator(jnp.zeros((), dtype).dtype)

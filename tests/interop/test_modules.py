@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxnum.interop import to_equinox, to_flax
-from jaxnum.sequence import bidirectional, gated_delta_net, hedgehog, mamba_block
+from jaxnum.sequence import bidirectional, gated_delta_net, hedgehog, mamba_block, prefix_linear_attention
+from tests.tolerances import tolerance
 
 LAYER = gated_delta_net(8, heads=2)
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 8)), "float32")
@@ -42,6 +43,26 @@ def test_equinox():
     equal(module.step(X[:, 0], cache), LAYER.step(params, X[:, 0], cache))
     got = eqx.filter_grad(lambda m: jnp.sum(m(X)[0] ** 2))(module).params
     equal(got, jax.grad(lambda p: jnp.sum(LAYER.apply(p, X)[0] ** 2))(params))
+
+
+def test_modules_of_one_layer_are_alike():
+    modules = [to_equinox(LAYER, key) for key in jax.random.split(jax.random.key(0))]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *modules)
+    y = jax.vmap(lambda module: module(X)[0])(stacked)
+    np.testing.assert_allclose(y[1], modules[1](X)[0], rtol=0, atol=tolerance("float32", 100, condition=10))
+    assert to_flax(LAYER) == to_flax(LAYER) != to_flax(gated_delta_net(8, heads=1))
+    for module in (modules[0], to_flax(LAYER)):
+        equal(module.init_cache(2, "float32"), LAYER.init_cache(2, "float32"))
+
+
+def test_prompts_of_different_lengths():
+    layer = prefix_linear_attention(8, heads=2, key_dim=2)
+    mask = jnp.arange(9) < jnp.array([[3], [5]])
+    flax_module, module = to_flax(layer), to_equinox(layer, jax.random.key(1))
+    variables = flax_module.init(jax.random.key(1), X)
+    y = flax_module.apply(variables, X, prefix_mask=mask)
+    equal(y, layer.apply(variables["params"]["layer"], X, prefix_mask=mask))
+    equal(module(X, prefix_mask=mask), layer.apply(module.params, X, prefix_mask=mask))
 
 
 def test_feature_maps():

@@ -41,6 +41,13 @@ def test_equals_dense_attention_with_a_mask_of_blocks(kind, x64, key):
         np.testing.assert_allclose(got, want, rtol=0, atol=tolerance("float64", T * D))
 
 
+def test_sums_beyond_float16_are_normed():
+    q, k, v = 30 * jnp.abs(jax.random.normal(jax.random.key(0), (3, 1, 64, 1, 64), jnp.float16))
+    o = diag_attention(q, k, v, kind="relu")
+    assert o.dtype == jnp.float16
+    assert bool(jnp.all(jnp.isfinite(o)))
+
+
 def test_bad_input():
     x = jnp.ones((1, 4, 2, 3))
     with pytest.raises(ValueError, match="diag_attention: `kind` must be one of 'softmax', 'relu'; got 'elu'"):

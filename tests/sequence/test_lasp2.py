@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxnum.sequence import _lasp2 as lasp2_file
 from jaxnum.sequence import lasp2, lasp2_hybrid_attention
 from kernels_pallas import attention, linear_attention
 from tests import collectives, interpreters
@@ -89,10 +90,12 @@ DOCUMENTS = [
 @pytest.mark.parametrize("gates", ["none", "token"])
 def test_documents_reach_over_devices(gates):
     arrays, ids = inputs(8, gates), jnp.asarray(np.stack(DOCUMENTS), jnp.int32)
+    arrays = [x if i == 3 else jnp.where((ids < 0)[..., None, None], jnp.nan, x) for i, x in enumerate(arrays)]
     run = cut(mesh_of(8), gates, segments=ids)
     single = lambda q, k, v, g: linear_attention(q, k, v, log_decay=g, segment_ids=ids)  # noqa: E731
     close(jax.jit(run)(*arrays), single(*arrays))
-    close(jax.jit(jax.grad(loss(run), (0, 1, 2)))(*arrays), jax.grad(loss(single), (0, 1, 2))(*arrays))
+    at = (0, 1, 2) if gates == "none" else (0, 1, 2, 3)
+    close(jax.jit(jax.grad(loss(run), at))(*arrays), jax.grad(loss(single), at)(*arrays))
 
 
 def test_without_causality_every_token_sees_every_other():
@@ -102,11 +105,23 @@ def test_without_causality_every_token_sees_every_other():
     close((o, state), (K**-0.5 * np.einsum("bthk,bhkv->bthv", q, want), want))
 
 
-def test_a_narrow_message_costs_its_rounding():
-    arrays = inputs(8, "head")
-    exact, rounded = (jax.jit(cut(mesh_of(8), "head", wire_dtype=d))(*arrays)[0] for d in (None, jnp.bfloat16))
+@pytest.mark.parametrize("segments", [False, True])
+def test_a_narrow_message_costs_its_rounding(segments):
+    arrays, ids = inputs(8, "token"), jnp.asarray(np.stack(DOCUMENTS), jnp.int32) if segments else None
+    runs = [jax.jit(cut(mesh_of(8), "token", segments=ids, wire_dtype=d)) for d in (None, jnp.bfloat16)]
+    exact, rounded = (run(*arrays)[0] for run in runs)
     error = np.max(np.abs(exact - rounded)) / np.max(np.abs(exact))
     assert 0 < error <= tolerance("bfloat16")
+    sent = re.findall(r"all_gather.*?-> tensor<\d+x\d+x\d+x(\w+)>", runs[1].lower(*arrays).as_text(), flags=re.S)
+    assert sent == ["bf16"]
+
+
+@pytest.mark.parametrize("wire_dtype", [jnp.bfloat16, jnp.float16])
+def test_decays_arrive_whole(wire_dtype):
+    x = jnp.asarray([-999.123, -0.0123456, -1e-3, -37.77777, 0.0], "float32")
+    sent = jax.jit(lambda x: [p.astype(wire_dtype) for p in lasp2_file._pieces(lasp2_file._WHOLE * x, wire_dtype)])(x)
+    got = sum(np.asarray(p, "float64") for p in sent) / lasp2_file._WHOLE
+    np.testing.assert_allclose(got, x, rtol=tolerance("float32"), atol=1e-6)
 
 
 @pytest.mark.parametrize("segments", [False, True])

@@ -8,7 +8,7 @@ from kernels_pallas import linear_attention_step
 from tests.tolerances import tolerance
 
 
-def test_slopes_are_those_of_the_paper():
+def test_slopes_are_those_of_released_models():
     np.testing.assert_array_equal(lightning_attention_slopes(8), 2.0 ** -np.arange(1, 9))
     base = np.asarray(lightning_attention_slopes(12))
     np.testing.assert_array_equal(base[:8], 2.0 ** -np.arange(1, 9))
@@ -19,6 +19,13 @@ def test_slopes_are_those_of_the_paper():
     np.testing.assert_allclose(last, base * 1e-5, rtol=tolerance("float32"))
     alone = lightning_attention_slopes(12, layer=0, num_layers=1)
     np.testing.assert_allclose(alone, base * (1 + 1e-5), rtol=tolerance("float32"))
+
+
+def test_linear_slopes_are_those_of_the_paper():
+    found = lightning_attention_slopes(12, kind="linear", layer=5, num_layers=20)
+    # Equation 10: the decay of head h in layer l is exp(-8 h / H (1 - l / L)).
+    np.testing.assert_allclose(np.exp(-found), np.exp(-8 * np.arange(12) / 12 * (1 - 5 / 20)), rtol=1e-6)
+    np.testing.assert_allclose(lightning_attention_slopes(4, kind="linear"), [0, 2, 4, 6])
 
 
 def test_equals_the_masked_product_and_its_gradients(x64, key):
@@ -54,5 +61,9 @@ def test_bad_input():
     x = jnp.ones((1, 4, 2, 3))
     with pytest.raises(ValueError, match=r"lightning_attention: `slopes` must have shape \(2,\); got \(3,\)"):
         lightning_attention(x, x, x, jnp.ones(3))
-    with pytest.raises(ValueError, match=r"lightning_attention_slopes: `layer` must be in \[0, 4\); got 4"):
+    with pytest.raises(ValueError, match=r"lightning_attention_slopes: `layer` must be an int in \[0, 4\); got 4"):
         lightning_attention_slopes(2, layer=4, num_layers=4)
+    with pytest.raises(ValueError, match=r"lightning_attention_slopes: `layer` must be 0 without `num_layers`; got 4"):
+        lightning_attention_slopes(2, layer=4)
+    with pytest.raises(ValueError, match=r"lightning_attention: `slopes` must be >= 0; got -0.5"):
+        lightning_attention(x, x, x, [-0.5, 1.0])

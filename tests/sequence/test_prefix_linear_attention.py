@@ -68,6 +68,11 @@ def test_bad_input():
         ValueError, match="prefix_linear_attention: `prefix_length` must be an int of at least 0; got -1"
     ):
         prefix_linear_attention(6, H, prefix_length=-1)
+    with pytest.raises(TypeError, match=r"`feature_map` must be a jaxnum.sequence.FeatureMap; got function"):
+        prefix_linear_attention(6, H, feature_map=lambda x: x)
+    layer = prefix_linear_attention(6, H, prefix_length=4)
+    with pytest.raises(ValueError, match="`x` must have at least prefix_length=4 tokens; got 3"):
+        layer.apply(layer.init(jax.random.key(0)), jnp.ones((2, 3, 6)))
     layer = prefix_linear_attention(6, H)
     params, x = layer.init(jax.random.key(0)), jnp.ones((2, 3, 6))
     with pytest.raises(TypeError, match="prefix_linear_attention: `prefix_mask` must have dtype bool; got int32"):
