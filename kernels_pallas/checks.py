@@ -257,6 +257,34 @@ def value(
         _raise(error, function, argument, wanted, got, remedy)
 
 
+def arrays(function: str, /, **arguments: Any) -> None:
+    """Check that arguments which have no default are arrays, of JAX or NumPy.
+
+    Args:
+      function: name of the public function.
+      **arguments: `name=array`.
+
+    Raises:
+      TypeError: something else, None or a list included.
+
+    Example:
+      >>> arrays("f", k=None)
+      Traceback (most recent call last):
+      ...
+      TypeError: f: `k` must be an array; got NoneType. Lists become arrays by jnp.asarray.
+    """
+    for name, given in arguments.items():
+        known = hasattr(given, "shape") and hasattr(given, "dtype")
+        remedy = "Lists become arrays by jnp.asarray."
+        value(function, name, known, "be an array", type(given).__name__, remedy, TypeError)
+
+
+def flag(function: str, argument: str, given: Any) -> bool:
+    """Check a Python bool, which decides what is compiled, and return it."""
+    value(function, argument, isinstance(given, (bool, np.bool_)), "be a Python bool", given)
+    return bool(given)
+
+
 def traced(got: Any) -> bool:
     """Whether a value is being traced, so that Python cannot read its number."""
     return isinstance(got, Tracer)

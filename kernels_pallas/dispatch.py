@@ -112,7 +112,13 @@ def primitive(
         return jax.jit(lambda *leaves: prim.bind(*leaves, implementation=implementation, static=static, tree=tree))
 
     prim.def_abstract_eval(abstract)
-    prim.def_impl(lambda *leaves, implementation, static, tree: eager(implementation, static, tree)(*leaves))
+
+    def run(*leaves: Any, implementation: str | None, static: Any, tree: Any) -> Any:
+        # What is compiled here is this primitive: with jit off it would call itself.
+        with jax.disable_jit(False):
+            return eager(implementation, static, tree)(*leaves)
+
+    prim.def_impl(run)
     batching.primitive_batchers[prim] = batch
     mlir.register_lowering(prim, rule("this platform", xla["default"]))
     for platform in {"cpu", *_PLATFORMS.values()}:

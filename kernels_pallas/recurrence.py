@@ -26,7 +26,7 @@ def accumulator(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def check_log_decay(function: str, log_decay: jax.Array) -> jax.Array:
+def check_log_decay(function: str, log_decay: jax.Array, segment_ids: Any = None) -> jax.Array:
     """A log decay in the dtype of sums, at least `LOWEST`.
 
     A positive one raises where its value is known; inside a compiled program it becomes NaN, which no one can miss.
@@ -34,13 +34,18 @@ def check_log_decay(function: str, log_decay: jax.Array) -> jax.Array:
     Args:
       function: name of the public function.
       log_decay: natural logarithms of decays, <= 0, any shape; -inf is a decay of 0.
+      segment_ids: integer ids of the tokens, the leading axes of log_decay, whose padding may hold anything.
 
     Raises:
       ValueError: a log decay above 0, outside a trace.
     """
-    if not checks.traced(log_decay):
+    if not checks.traced(log_decay) and not checks.traced(segment_ids):
         # By NumPy: inside of a trace, JAX would trace this too.
-        highest = float(np.max(np.asarray(log_decay, np.float64), initial=-np.inf))
+        known = np.asarray(log_decay, np.float64)
+        if segment_ids is not None:
+            valid = np.asarray(segment_ids) >= 0
+            known = known[np.broadcast_to(valid.reshape(*valid.shape, *(1,) * (known.ndim - valid.ndim)), known.shape)]
+        highest = float(np.fmax.reduce(known, axis=None, initial=-np.inf))
         remedy = "Give the natural logarithm of a decay in [0, 1], as jax.nn.log_sigmoid does."
         checks.value(function, "log_decay", not highest > 0, "be <= 0", highest, remedy)
     log_decay = log_decay.astype(accumulator(log_decay.dtype))
@@ -54,7 +59,7 @@ def canonical_segments(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     not padding. Padding belongs to the segment before it, so that a state passes through it.
 
     Args:
-      segment_ids: int32 [B, T]; a negative id is padding.
+      segment_ids: integer [B, T]; a negative id is padding.
 
     Returns:
       segments: int32 [B, T], not decreasing, starting at 0.
@@ -63,7 +68,7 @@ def canonical_segments(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     valid = segment_ids >= 0
     T = segment_ids.shape[1]
     if T == 0:
-        return segment_ids, valid
+        return segment_ids.astype(jnp.int32), valid
     # The place of the last token that is not padding, up to and before each token.
     last = jax.lax.cummax(jnp.where(valid, jnp.arange(T, dtype=jnp.int32), -1), axis=1)
     before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)

@@ -17,12 +17,11 @@ from kernels_pallas._delta_rule.arguments import (
     check_floating,
     check_updates,
     check_updates_of_heads,
-    grouped,
     normalized,
     prepare,
 )
 from kernels_pallas._delta_rule.config import Config, Operands, gate
-from kernels_pallas._linear_attention import check_scale
+from kernels_pallas._linear_attention import check_scale, grouped
 from kernels_pallas.recurrence import accumulator
 
 _IMPLEMENTATIONS = (None, "reference", "xla", "tpu", "gpu")
@@ -75,15 +74,15 @@ def delta_rule(
         depends on it.
       implementation: None chooses by the platform the program is lowered for, "tpu" (Pallas Mosaic), "gpu" (Pallas
         Mosaic GPU; Hopper, 16-bit inputs), "xla" (runs everywhere) or "reference" (token by token, the
-        specification). A named one that cannot do a call raises; None always works.
+        specification). A named one that cannot do a call raises; None does all but explicitly sharded arrays.
 
     Returns:
       o [*B, T, HV, V] in the dtype of q, and the state after the last token [*B, HV, K, V] in float32, or float64 for
       float64 inputs. Passed on as `initial_state`, it continues the sequence.
 
     Raises:
-      ShapeError, DtypeError, ValueError: arguments that do not fit, at trace time; a positive log_decay, outside of
-        compiled code (inside it becomes NaN in the outputs).
+      ShapeError, DtypeError, TypeError, ValueError: arguments that do not fit, at trace time; a positive log_decay
+        where its value is known (inside compiled code or a derivative it becomes NaN in the outputs).
       NotImplementedError: a named implementation cannot do this call, or does not run on the platform.
       TypeError: forward-mode differentiation through anything but "reference".
 
@@ -180,6 +179,7 @@ def delta_rule_step(
       ((2, 4, 16), (2, 4, 16, 16))
     """
     name = "delta_rule_step"
+    checks.arrays(name, state=state, q=q, k=k, v=v, beta=beta)
     n = check_updates(name, updates_per_token)
     check_floating(name, q, k, v, beta, log_decay)
     sizes = checks.shape(name, remedy="The layout is [*batch, heads, head dimension]: one token.", q=(q, "*B H K"))
@@ -190,7 +190,7 @@ def delta_rule_step(
     dtype = accumulator(jnp.result_type(q))
     checks.shape(name, state=(state, " ".join(map(str, (*batch, HV, K, V)))))
     checks.dtype(name, [dtype], remedy="States are kept in the dtype of sums.", state=state)
-    checks.value(name, "l2norm", isinstance(l2norm, bool), "be True or False", l2norm)
+    l2norm = checks.flag(name, "l2norm", l2norm)
     out = jnp.result_type(q)
     if l2norm:
         q, k = normalized(jnp.asarray(q)), normalized(jnp.asarray(k))

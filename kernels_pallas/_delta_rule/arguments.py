@@ -12,7 +12,7 @@ import numpy as np
 
 from kernels_pallas import checks
 from kernels_pallas._delta_rule.config import Config, Operands
-from kernels_pallas._linear_attention import check_chunk_size, check_scale, check_state
+from kernels_pallas._linear_attention import check_chunk_size, check_scale, check_state, grouped
 from kernels_pallas.recurrence import accumulator, canonical_segments, check_log_decay, hide_padding
 
 NAME = "delta_rule"
@@ -41,6 +41,7 @@ def prepare(
 
     The last takes o and the state of `Operands` to those of the user.
     """
+    checks.arrays(NAME, q=q, k=k, v=v, beta=beta)
     n = check_updates(NAME, updates_per_token)
     check_floating(NAME, q, k, v, beta, log_decay)
     sizes = checks.shape(NAME, remedy="The layout is [*batch, tokens, heads, head dimension].", q=(q, "*B T H K"))
@@ -48,23 +49,23 @@ def prepare(
     remedy = "`k`, `v` and `beta` have updates_per_token entries for each token of `q`, those of one token together."
     V, HV = check_updates_of_heads(NAME, remedy, (*batch, T * n), H, K, k, v, beta)
     chunk = check_chunk_size(NAME, chunk_size)
-    checks.value(NAME, "l2norm", isinstance(l2norm, bool), "be True or False", l2norm)
+    l2norm = checks.flag(NAME, "l2norm", l2norm)
     dtype = accumulator(jnp.result_type(q))
     B = math.prod(batch)
-    q, k, v, beta = (jnp.asarray(x).reshape(B, -1, *x.shape[len(batch) + 1 :]) for x in (q, k, v, beta))
+    q, k, v, beta = (jnp.asarray(x).reshape(B, *x.shape[len(batch) :]) for x in (q, k, v, beta))
     beta = beta.astype(dtype)
     of_batch = " ".join(map(str, batch))
     state = check_state(NAME, initial_state, f"{of_batch} {HV} {K} {V}", dtype)
     state = jnp.zeros((B, HV, K, V), dtype) if state is None else state.reshape(B, HV, K, V)
-    if log_decay is not None:
-        log_decay = check_decay(NAME, log_decay, (*batch, T, HV), K, dtype).reshape(
-            B, T, HV, *log_decay.shape[len(batch) + 2 :]
-        )
-    segments = valid = None
     if segment_ids is not None:
         checks.shape(NAME, remedy="One id a token.", segment_ids=(segment_ids, f"{of_batch} {T}"))
         checks.dtype(NAME, "integer", segment_ids=segment_ids)
-        segments, valid = canonical_segments(jnp.asarray(segment_ids, jnp.int32).reshape(B, T))
+    if log_decay is not None:
+        log_decay = check_decay(NAME, log_decay, (*batch, T, HV), K, dtype, segment_ids)
+        log_decay = log_decay.reshape(B, T, HV, *log_decay.shape[len(batch) + 2 :])
+    segments = valid = None
+    if segment_ids is not None:
+        segments, valid = canonical_segments(jnp.asarray(segment_ids).reshape(B, T))
         of_updates = jnp.repeat(valid, n, axis=1)
         [q] = hide_padding(valid, q)
         k, v, beta = hide_padding(of_updates, k, v, beta)
@@ -94,17 +95,12 @@ def normalized(x: jax.Array) -> jax.Array:
     return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + _NORM_EPS)).astype(x.dtype)
 
 
-def grouped(x: jax.Array, HV: int) -> jax.Array:
-    """[..., H, K] -> [..., HV, K]: head h reads head h // (HV / H)."""
-    return x if x.shape[-2] == HV else jnp.repeat(x, HV // x.shape[-2], axis=-2)
-
-
 def _spread(x: jax.Array, n: int, place: int) -> jax.Array:
     """[B, T, ...] -> [B, T n, ...]: each entry at its place among n, zeros at the others."""
     if n == 1:
         return x
     widths = ((0, 0), (0, 0), (place, n - 1 - place), *((0, 0),) * (x.ndim - 2))
-    return jnp.pad(x[:, :, None], widths).reshape(x.shape[0], -1, *x.shape[2:])
+    return jnp.pad(x[:, :, None], widths).reshape(x.shape[0], n * x.shape[1], *x.shape[2:])
 
 
 # --- Checks. ----------------------------------------------------------------------------------------------------------
@@ -143,10 +139,12 @@ def check_heads(function: str, H: int, HV: int) -> None:
     checks.value(function, "v", ok, wanted, HV, "Heads of v share those of q and k in equal groups.", checks.ShapeError)
 
 
-def check_decay(function: str, log_decay: jax.Array, lead: tuple[int, ...], K: int, dtype: Any) -> jax.Array:
+def check_decay(
+    function: str, log_decay: jax.Array, lead: tuple[int, ...], K: int, dtype: Any, segment_ids: Any = None
+) -> jax.Array:
     """A log decay [*lead] or [*lead, K] in the dtype of the state."""
     got = tuple(jnp.shape(log_decay))
     remedy = "Give one a token and head of v, or one a token, head of v and key channel."
     wanted = f"have shape {lead} or {(*lead, K)}"
     checks.value(function, "log_decay", got in (lead, (*lead, K)), wanted, got, remedy, checks.ShapeError)
-    return check_log_decay(function, jnp.asarray(log_decay)).astype(dtype)
+    return check_log_decay(function, jnp.asarray(log_decay), segment_ids).astype(dtype)

@@ -20,8 +20,8 @@ from kernels_pallas import recurrence
 # pair by pair, between two of them they go through the first token of the later one and are two factors below 1.
 # Diagonal blocks of the UT transform of this size are inverted entry by entry, larger ones by matrix products.
 _SUB = 16
-# Chunks whose blocks are inverted side by side. XLA of jax 0.10.2 miscompiles this for CPUs above 4096 blocks.
-_TOGETHER = 512
+# Blocks that are inverted side by side. XLA of jax 0.10.2 miscompiles this for CPUs above 4096.
+_TOGETHER = 2048
 
 
 class Chunk(NamedTuple):
@@ -223,7 +223,7 @@ def invert_small(L: jax.Array) -> jax.Array:
     [n, C / sub, sub, sub].
     """
     n, C, _ = L.shape
-    group = min(_TOGETHER, n)
+    group = min(_TOGETHER // _tiled(C)[0], n)
     padded = jnp.pad(L, ((0, -n % group), (0, 0), (0, 0)))
     return jax.lax.map(_invert_group, padded.reshape(-1, group, C, C)).reshape(-1, *_tiled(C))[:n]
 

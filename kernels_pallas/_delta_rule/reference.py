@@ -28,10 +28,13 @@ def forward(config: Config, operands: Operands) -> tuple[jax.Array, jax.Array]:
 
     def token(S: jax.Array, at: tuple) -> tuple[jax.Array, jax.Array]:
         q, k, v, beta, g, stays = at
-        S = step(S, k, v, beta, jnp.where(stays[:, None, None], jnp.exp(g), 0))
+        # By selection: what is not finite stays in its document.
+        S = step(jnp.where(stays[:, None, None, None], S, 0), k, v, beta, jnp.exp(g))
         return S, config.scale * read(S, q)
 
     tokens = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, beta, log_decay, stays))
+    # A loop's carry must keep its type, with it the axes of a mesh that inputs are divided over.
+    state = state + jnp.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None])
     state, o = jax.lax.scan(token, state, tokens)
     return jnp.moveaxis(o, 0, 1).astype(operands.q.dtype), state
 

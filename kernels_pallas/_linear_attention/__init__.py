@@ -5,3 +5,4 @@ from kernels_pallas._linear_attention.api import linear_attention_step as linear
 from kernels_pallas._linear_attention.arguments import check_chunk_size as check_chunk_size
 from kernels_pallas._linear_attention.arguments import check_scale as check_scale
 from kernels_pallas._linear_attention.arguments import check_state as check_state
+from kernels_pallas._linear_attention.arguments import grouped as grouped

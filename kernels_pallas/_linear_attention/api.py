@@ -16,6 +16,8 @@ from kernels_pallas._linear_attention.arguments import (
     NAME,
     check_scale,
     divide,
+    grouped,
+    heads_of,
     prepare,
 )
 from kernels_pallas._linear_attention.config import Config, Operands, gate
@@ -61,22 +63,23 @@ def linear_attention(
       prefix_length: int, or int [] or [*B], from 0 to T: the first tokens, that see each other in both directions: a
         query in the prefix reads the state after the whole prefix, later queries are causal. A traced one beyond T
         counts as T. Not together with `segment_ids` or `reverse`.
-      normalize: divide o_t by z_t . q_t, with z_t the sum that a column of ones in v would give (a divisor below 1e-6
-        in absolute value counts as 1e-6). The state is then [*B, H, K, V + 1], its last column z.
+      normalize: divide o_t by scale z_t . q_t, with z_t the sum that a column of ones in v would give: the scale
+        cancels. A divisor below 1e-6 in absolute value counts as 1e-6. The state is then [*B, H, K, V + 1], its last
+        column z. In bfloat16, divisor and dividend are rounded before the division.
       reverse: run from the last token to the first; the initial state enters at the last token.
       chunk_size: tokens computed at once, a power of two from 16 to 256; default by implementation. Only speed depends
         on it.
       implementation: None chooses by the platform the program is lowered for, "tpu" (Pallas Mosaic), "gpu" (Pallas
         Mosaic GPU; Hopper, 16-bit inputs), "xla" (runs everywhere) or "reference" (token by token, the
-        specification). A named one that cannot do a call raises; None always works.
+        specification). A named one that cannot do a call raises; None does all but explicitly sharded arrays.
 
     Returns:
       o [*B, T, H, V] in the dtype of q, and the state after the last token [*B, H, K, V] in float32, or float64 for
       float64 inputs. Passed on as `initial_state`, it continues the sequence.
 
     Raises:
-      ShapeError, DtypeError, ValueError: arguments that do not fit, at trace time; a positive log_decay, outside of
-        compiled code (inside it becomes NaN in the outputs).
+      ShapeError, DtypeError, TypeError, ValueError: arguments that do not fit, at trace time; a positive log_decay
+        where its value is known (inside compiled code or a derivative it becomes NaN in the outputs).
       NotImplementedError: a named implementation cannot do this call, or does not run on the platform.
       TypeError: forward-mode differentiation through anything but "reference".
 
@@ -142,7 +145,7 @@ def linear_attention_step(
       state: S_before [*B, H, K, V], or [*B, H, K, V + 1] with `normalize`; float32, or float64 for float64 inputs.
       q: query [*B, H, K].
       k: key [*B, H, K] of the same dtype.
-      v: value [*B, H, V] of the same dtype.
+      v: value [*B, H, V] of the same dtype. q, k and v may have fewer heads, as in `linear_attention`.
       log_decay: g, natural logarithms <= 0: None, [H], [*B, H] or [*B, H, K].
       scale: of q . k; default K ** -0.5.
       normalize: as in `linear_attention`.
@@ -167,17 +170,19 @@ def linear_attention_step(
       ((2, 4, 16), (2, 4, 16, 16))
     """
     name = "linear_attention_step"
+    checks.arrays(name, state=state, q=q, k=k, v=v)
     checks.dtype(name, DTYPES, q=q)
     checks.same_dtype(name, remedy="Cast them to one dtype.", q=q, k=k, v=v)
     remedy = "The layout is [*batch, heads, head dimension]: one token."
-    sizes = checks.shape(name, remedy=remedy, q=(q, "*B H K"), k=(k, "*B H K"), v=(v, "*B H V"))
-    H, K, V = sizes["H"], sizes["K"], sizes["V"]
+    sizes = checks.shape(name, remedy=remedy, q=(q, "*B Hq K"), k=(k, "*B Hk K"), v=(v, "*B Hv V"))
+    H, K, V = heads_of(name, sizes), sizes["K"], sizes["V"]
+    normalize = checks.flag(name, "normalize", normalize)
     dtype = accumulator(jnp.result_type(q))
     lead = " ".join(map(str, sizes["B"]))
     checks.shape(name, state=(state, f"{lead} {H} {K} {V + normalize}"))
     checks.dtype(name, [dtype], remedy="States are kept in the dtype of sums.", state=state)
     scale, read = check_scale(name, scale, K, jnp.asarray(q))
-    read, key, value = (jnp.asarray(x, dtype) for x in (read, k, v))
+    read, key, value = (grouped(jnp.asarray(x, dtype), H) for x in (read, k, v))
     if normalize:
         value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], -1)
     if log_decay is not None:

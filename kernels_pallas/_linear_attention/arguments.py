@@ -42,30 +42,34 @@ def prepare(
 
     The last takes o and the state of `Operands` to those of the user.
     """
+    checks.arrays(NAME, q=q, k=k, v=v)
     checks.dtype(NAME, DTYPES, q=q)
     checks.same_dtype(NAME, remedy="Cast them to one dtype.", q=q, k=k, v=v)
     sizes = checks.shape(NAME, remedy=_LAYOUT, q=(q, "*B T Hq K"), k=(k, "*B T Hk K"), v=(v, "*B T Hv V"))
     batch, T, K, V = sizes["B"], sizes["T"], sizes["K"], sizes["V"]
-    H = _heads(sizes)
+    H = heads_of(NAME, sizes)
     chunk = check_chunk_size(NAME, chunk_size)
-    for argument, flag in (("normalize", normalize), ("reverse", reverse)):
-        checks.value(NAME, argument, isinstance(flag, bool), "be True or False", flag)
+    normalize, reverse = checks.flag(NAME, "normalize", normalize), checks.flag(NAME, "reverse", reverse)
+    narrow = jnp.result_type(q)
     dtype = accumulator(jnp.result_type(q))
     B = math.prod(batch)
     lead = " ".join(map(str, batch))
 
-    q, k, v = (_grouped(jnp.asarray(x).reshape(B, T, *x.shape[-2:]), H) for x in (q, k, v))
+    q, k, v = (grouped(jnp.asarray(x).reshape(B, T, *x.shape[-2:]), H) for x in (q, k, v))
     if normalize:
+        if narrow == jnp.float16:
+            # What is divided may be more than float16 holds, though the quotient is not.
+            q, k, v = (x.astype(dtype) for x in (q, k, v))
         v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
     state = check_state(NAME, initial_state, f"{lead} {H} {K} {V + normalize}", dtype)
     state = jnp.zeros((B, H, K, V + normalize), dtype) if state is None else state.reshape(B, *state.shape[-3:])
-    if log_decay is not None:
-        log_decay = _check_decay(log_decay, batch, T, H, K).astype(dtype)
     segments = valid = None
     if segment_ids is not None:
         checks.shape(NAME, remedy="One id a token.", segment_ids=(segment_ids, f"{lead} {T}"))
         checks.dtype(NAME, "integer", segment_ids=segment_ids)
-        segments = jnp.asarray(segment_ids, jnp.int32).reshape(B, T)
+        segments = jnp.asarray(segment_ids).reshape(B, T)
+    if log_decay is not None:
+        log_decay = _check_decay(log_decay, segment_ids, batch, T, H, K).astype(dtype)
     scale, q = check_scale(NAME, scale, K, q)
 
     if reverse:
@@ -90,7 +94,7 @@ def prepare(
         if reverse:
             o = jnp.flip(o, 1)
         if normalize:
-            o = divide(o, dtype)
+            o = divide(o, dtype).astype(narrow)
         return o.reshape(*batch, *o.shape[1:]), state.reshape(*batch, *state.shape[1:])
 
     return Config(scale, chunk), operands, finish
@@ -126,6 +130,9 @@ def check_scale(function: str, scale: float | jax.Array | None, K: int, q: jax.A
     """A static scale, and q, which takes a traced one."""
     if scale is None:
         return max(K, 1) ** -0.5, q
+    known = isinstance(scale, (int, float)) or jnp.issubdtype(getattr(scale, "dtype", jnp.bool_), jnp.floating)
+    known = known or jnp.issubdtype(getattr(scale, "dtype", jnp.bool_), jnp.integer)
+    checks.value(function, "scale", known, "be a real number", scale, error=TypeError)
     checks.shape(function, scale=(scale, ""))
     if checks.traced(scale):
         return 1.0, (q * scale).astype(q.dtype)
@@ -134,12 +141,13 @@ def check_scale(function: str, scale: float | jax.Array | None, K: int, q: jax.A
     return number, q
 
 
-def _heads(sizes: dict[str, Any]) -> int:
+def heads_of(function: str, sizes: dict[str, Any]) -> int:
+    """The heads of the state, which those of each argument divide."""
     H = max(sizes["Hq"], sizes["Hk"], sizes["Hv"])
     for argument in "qkv":
         heads = sizes[f"H{argument}"]
         checks.value(
-            NAME,
+            function,
             argument,
             heads > 0 and H % heads == 0,
             f"have a number of heads that divides {H}, the largest of `q`, `k` and `v`",
@@ -150,12 +158,14 @@ def _heads(sizes: dict[str, Any]) -> int:
     return H
 
 
-def _grouped(x: jax.Array, H: int) -> jax.Array:
-    """[B, T, H / group, D] -> [B, T, H, D]: head h reads head h // group."""
-    return x if x.shape[2] == H else jnp.repeat(x, H // x.shape[2], axis=2)
+def grouped(x: jax.Array, H: int) -> jax.Array:
+    """[..., H / group, D] -> [..., H, D]: head h reads head h // group."""
+    return x if x.shape[-2] == H else jnp.repeat(x, H // x.shape[-2], axis=-2)
 
 
-def _check_decay(log_decay: jax.Array, batch: tuple[int, ...], T: int, H: int, K: int) -> jax.Array:
+def _check_decay(
+    log_decay: jax.Array, segment_ids: jax.Array | None, batch: tuple[int, ...], T: int, H: int, K: int
+) -> jax.Array:
     """[B, H], [B, T, H] or [B, T, H, K]."""
     checks.dtype(NAME, "floating", log_decay=log_decay)
     got = tuple(jnp.shape(log_decay))
@@ -170,7 +180,7 @@ def _check_decay(log_decay: jax.Array, batch: tuple[int, ...], T: int, H: int, K
         checks.ShapeError,
     )
     B = math.prod(batch)
-    log_decay = check_log_decay(NAME, jnp.asarray(log_decay))
+    log_decay = check_log_decay(NAME, jnp.asarray(log_decay), None if got == (H,) else segment_ids)
     if got == (H,):
         return jnp.broadcast_to(log_decay, (B, H))
     return log_decay.reshape(B, T, *got[len(batch) + 1 :])
@@ -209,6 +219,8 @@ def _read_prefix(operands: Operands, length: jax.Array) -> Operands:
     """
     k, v, log_decay, state = operands.k, operands.v, operands.log_decay, operands.state
     T = k.shape[1]
+    if T == 0:
+        return operands
     inside = jnp.arange(T) < length[:, None]
     inside_of = lambda x: inside.reshape(*inside.shape, *(1,) * (x.ndim - 2))  # noqa: E731
     written = jnp.where(inside_of(k), k, 0).astype(state.dtype)
@@ -219,8 +231,9 @@ def _read_prefix(operands: Operands, length: jax.Array) -> Operands:
         # Of the tokens behind each token, and of all.
         to_end = jax.lax.cumsum(of_prefix, axis=1, reverse=True)
         behind = jnp.pad(to_end[:, 1:], ((0, 0), (0, 1), *((0, 0),) * (to_end.ndim - 2)))
-        weights = jnp.exp(behind).reshape(*behind.shape[:3], -1)
-        keep = jnp.exp(to_end[:, 0]).reshape(*to_end.shape[:1], to_end.shape[2], -1, 1)
+        per_head = log_decay.ndim == 3
+        weights, keep = jnp.exp(behind), jnp.exp(to_end[:, 0])[..., None]
+        weights, keep = (weights[..., None], keep[..., None]) if per_head else (weights, keep)
         written, state = written * weights, state * keep
     read = jnp.einsum("bthk,bthv->bhkv", written, v.astype(state.dtype), precision=jax.lax.Precision.HIGHEST)
     k = jnp.where(inside_of(k), 0, k)

@@ -32,5 +32,7 @@ def forward(config: Config, operands: Operands) -> tuple[jax.Array, jax.Array]:
         o = jnp.einsum("bhk,bhkv->bhv", token["q"], state, precision=jax.lax.Precision.HIGHEST)
         return state, config.scale * o
 
-    state, o = jax.lax.scan(step, operands.state, tokens)
+    # A loop's carry must keep its type, with it the axes of a mesh that inputs are divided over.
+    state = operands.state + jnp.zeros_like(k[0, ..., None] * v[0, ..., None, :])
+    state, o = jax.lax.scan(step, state, tokens)
     return jnp.moveaxis(o, 0, 1).astype(operands.q.dtype), state

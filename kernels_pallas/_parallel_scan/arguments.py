@@ -7,18 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kernels_pallas import checks
 
 IMPLEMENTATIONS = (None, "reference", "xla", "tpu", "gpu")
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
-
-
-def check_flag(name: str, argument: str, given: Any) -> bool:
-    """A Python bool; a traced one would need another program."""
-    checks.value(name, argument, isinstance(given, (bool, np.bool_)), "be a Python bool", given)
-    return bool(given)
 
 
 def check_implementation(

@@ -159,12 +159,15 @@ def test_orthonormal_keys_recall_the_last_value():
     np.testing.assert_array_equal(same, state)
 
 
-def test_many_small_blocks_are_inverted_like_few():
+@pytest.mark.parametrize(("chunks", "C", "lanes"), [(3000, 32, 1), (400, 256, 1), (300, 256, 3)])
+def test_many_small_blocks_are_inverted_like_few(chunks, C, lanes):
     # More blocks side by side than the compiler of jax 0.10.2 gets right on a CPU.
-    ones = np.random.default_rng(0).integers(0, 2, size=(3000, 32, 1))
-    L = np.tril(2.0 * ones * np.ones((1, 32, 32)), -1).astype("float32")
-    got = np.asarray(jax.jit(chunk.invert_small)(L))
-    blocks = np.stack([L[:, :16, :16], L[:, 16:, 16:]], 1)
+    ones = np.random.default_rng(0).integers(0, 2, size=(lanes, chunks, C, 1))
+    L = np.tril(2.0 * ones * np.ones((1, C)), -1).astype("float32")
+    got = np.asarray(
+        jax.jit(jax.vmap(chunk.invert_small) if lanes > 1 else lambda L: chunk.invert_small(L[0])[None])(L)
+    )
+    blocks = np.stack([L[..., i : i + 16, i : i + 16] for i in range(0, C, 16)], 2)
     np.testing.assert_array_equal(got @ (np.eye(16, dtype="float32") + blocks), np.broadcast_to(np.eye(16), got.shape))
 
 

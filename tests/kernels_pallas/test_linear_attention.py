@@ -250,7 +250,7 @@ ERRORS = {
         "`segment_ids` must have shape (2, 41); got (2, 40).",
     ),
     "scale": (lambda: linear_attention(Q, K, V, scale=float("nan")), ValueError, "`scale` must be a finite number"),
-    "flag": (lambda: linear_attention(Q, K, V, normalize=1), ValueError, "`normalize` must be True or False; got 1."),
+    "flag": (lambda: linear_attention(Q, K, V, normalize=1), ValueError, "`normalize` must be a Python bool; got 1."),
 }
 
 

@@ -14,7 +14,6 @@ from kernels_pallas._parallel_scan._linear_scan import reference, xla
 from kernels_pallas._parallel_scan._linear_scan.config import Config, Operands
 from kernels_pallas._parallel_scan.arguments import (
     DTYPES,
-    check_flag,
     check_implementation,
     not_on_gpu,
     not_on_tpu,
@@ -55,7 +54,7 @@ def linear_scan(
         boundary does not change one bit behind it.
       implementation: None chooses by the platform the program is lowered for, "tpu" (Pallas Mosaic), "xla" (a loop on
         CPUs, steps that double elsewhere) or "reference" (the specification); "gpu" has no kernel. A named one that
-        cannot do a call raises; None always works.
+        cannot do a call raises; None does all but explicitly sharded arrays.
 
     Returns:
       h [*B, T, D] in the dtype of b, and the final state [*B, D] in the dtype of the initial state: that of the last
@@ -121,6 +120,7 @@ def prepare(
     a: jax.Array, b: jax.Array, initial_state: Any = None, *, reverse: bool = False, segment_ids: Any = None
 ) -> tuple[Config, Operands, Call]:
     """Check the arguments; give the static part, the arrays in canonical form, and what finishes the result."""
+    checks.arrays(_NAME, a=a, b=b)
     checks.dtype(_NAME, DTYPES, a=a, b=b, remedy=_COMPLEX if _is_complex(a) or _is_complex(b) else "")
     if jnp.result_type(a) != jnp.float32 or jnp.result_type(b) == jnp.float64:
         checks.same_dtype(_NAME, remedy="Beside 16-bit `b` it may be float32 too.", b=b, a=a)
@@ -137,7 +137,7 @@ def prepare(
     wide = accumulator(jnp.result_type(b))
     if initial_state is not None:
         checks.dtype(_NAME, (wide,), initial_state=initial_state, remedy="States are kept wide, as they are returned.")
-    config = Config(check_flag(_NAME, "reverse", reverse))
+    config = Config(checks.flag(_NAME, "reverse", reverse))
 
     def flat(x: Any) -> jax.Array:
         return jnp.asarray(x).reshape(math.prod(batch), *jnp.shape(x)[len(batch) :])

@@ -29,5 +29,7 @@ def forward(config: Config, operands: Operands, restart: jax.Array | None) -> tu
         return h, h.astype(b.dtype)
 
     by_time = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (a, b, restart))
+    # A loop's carry must keep its type, with it the axes of a mesh that inputs are divided over.
+    initial = initial + jnp.zeros_like(jnp.sum(b, 1), initial.dtype)
     final, h = lax.scan(step, initial, by_time, reverse=config.reverse)
     return jnp.swapaxes(h, 0, 1), final

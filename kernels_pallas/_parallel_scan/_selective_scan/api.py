@@ -65,7 +65,7 @@ def selective_scan(
         to N = 16, fewer above. Only speed and memory depend on it.
       implementation: None chooses by the platform the program is lowered for, "tpu" (Pallas Mosaic), "xla" (a loop on
         CPUs, steps that double inside chunks elsewhere) or "reference" (the specification); "gpu" has no kernel. A
-        named one that cannot do a call raises; None always works.
+        named one that cannot do a call raises; None does all but explicitly sharded arrays.
 
     Returns:
       y [*B, T, D] in the dtype of u, and the final state [*B, D, N] in the dtype of the initial state.

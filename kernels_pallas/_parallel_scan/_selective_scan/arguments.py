@@ -11,10 +11,12 @@ import numpy as np
 
 from kernels_pallas import checks
 from kernels_pallas._parallel_scan._selective_scan.config import LEAST_CHUNK, Config, Operands, default_chunk
-from kernels_pallas._parallel_scan.arguments import DTYPES, check_flag
+from kernels_pallas._parallel_scan.arguments import DTYPES
 from kernels_pallas._parallel_scan.segments import marks
 from kernels_pallas.recurrence import accumulator, hide_padding
 
+# Of a channel that keeps nothing: -inf times a step size of 0 would be NaN.
+_LEAST_RATE = -1e30
 _REAL = "Rates are real here: for decays that change the sign of a state use eigenvalues='symmetric'."
 
 
@@ -41,7 +43,7 @@ class Call(NamedTuple):
         """The public outputs: y [*B, T, D] with skip and gate, and the state [*B, D, N]."""
         B, T, D = self.u.shape
         if self.groups > 1:
-            y = jnp.swapaxes(y.reshape(B, self.groups, T, -1), 1, 2).reshape(B, T, D)
+            y = jnp.swapaxes(y.reshape(B, self.groups, T, D // self.groups), 1, 2).reshape(B, T, D)
         if self.D is not None:
             y = y + self.D.astype(y.dtype) * self.u.astype(y.dtype)
         if self.z is not None:
@@ -78,7 +80,7 @@ def prepare(
     batch, groups = _check_arrays(name, u, delta, A, B, C, D, z, delta_bias, initial_state, segment_ids, step)
     checks.choice(name, "eigenvalues", eigenvalues, ("positive", "symmetric"))
     config = Config(
-        check_flag(name, "reverse", reverse),
+        checks.flag(name, "reverse", reverse),
         eigenvalues == "symmetric",
         default_chunk(jnp.shape(A)[1]) if chunk_size is None else _check_chunk(name, chunk_size),
     )
@@ -99,9 +101,10 @@ def prepare(
     dt = delta.astype(wide)
     if delta_bias is not None:
         dt = dt + jnp.asarray(delta_bias).astype(wide)
-    if check_flag(name, "delta_softplus", delta_softplus):
+    if checks.flag(name, "delta_softplus", delta_softplus):
         dt = jax.nn.softplus(dt)
     (dt,) = hide_padding(valid, dt)
+    dt = _check_steps(name, dt)
     A = _check_rates(name, jnp.asarray(A)).astype(wide)
     if initial_state is None:
         state = jnp.zeros((u.shape[0], *A.shape), wide)
@@ -124,7 +127,7 @@ def _fold(
 
     def divided(x: jax.Array) -> jax.Array:  # [B, M, D] -> [B G, M, D / G]
         x = x.reshape(*x.shape[:2], groups, channels // groups)
-        return jnp.swapaxes(x, 1, 2).reshape(x.shape[0] * groups, x.shape[1], -1)
+        return jnp.swapaxes(x, 1, 2).reshape(x.shape[0] * groups, x.shape[1], channels // groups)
 
     B, C = (jnp.swapaxes(x, 1, 2).reshape(rows * groups, T, N) for x in (B, C))
     A = jnp.broadcast_to(A, (rows, N, channels))
@@ -149,6 +152,8 @@ def _check_arrays(
     step: bool,
 ) -> tuple[tuple[int, ...], int]:
     """The batch shape and the number of groups, when dtypes and shapes fit."""
+    required = {"u": u, "delta": delta, "A": A, "B": B, "C": C} | ({"state": state} if step else {})
+    checks.arrays(name, **required)
     checks.dtype(name, DTYPES, u=u)
     checks.same_dtype(name, remedy="Cast them to one dtype.", u=u, B=B, C=C, z=z)
     narrow, wide = jnp.result_type(u), accumulator(jnp.result_type(u))
@@ -186,9 +191,18 @@ def _check_rates(name: str, A: jax.Array) -> jax.Array:
     """Rates <= 0: a positive one raises where it is known, and is NaN inside a compiled program."""
     if not checks.traced(A):
         # By NumPy: inside of a trace, JAX would trace this too.
-        highest = float(np.max(np.asarray(A, np.float64), initial=-np.inf))
+        highest = float(np.fmax.reduce(np.asarray(A, np.float64), axis=None, initial=-np.inf))
         checks.value(name, "A", not highest > 0, "be <= 0", highest, "Give -exp(A_log): states would grow.")
-    return jnp.where(A > 0, jnp.nan, A)
+    return jnp.where(A > 0, jnp.nan, jnp.maximum(A, _LEAST_RATE))
+
+
+def _check_steps(name: str, dt: jax.Array) -> jax.Array:
+    """Step sizes >= 0, like `_check_rates`."""
+    if not checks.traced(dt):
+        least = float(np.fmin.reduce(np.asarray(dt, np.float64), axis=None, initial=np.inf))
+        remedy = "Leave delta_softplus on, or give step sizes: states would grow."
+        checks.value(name, "delta", not least < 0, "be >= 0 where delta_softplus is False", least, remedy)
+    return jnp.where(dt < 0, jnp.nan, dt)
 
 
 def _check_chunk(name: str, given: Any) -> int:

@@ -27,5 +27,7 @@ def forward(config: Config, operands: Operands) -> tuple[jax.Array, jax.Array]:
 
     arrays = (operands.u, operands.dt, operands.B, operands.C, operands.restart)
     by_time = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), arrays)
-    final, y = lax.scan(step, operands.initial, by_time, reverse=config.reverse)
+    # A loop's carry must keep its type, with it the axes of a mesh that inputs are divided over.
+    initial = operands.initial + jnp.zeros_like(jnp.sum(operands.dt, 1), operands.initial.dtype)[:, None]
+    final, y = lax.scan(step, initial, by_time, reverse=config.reverse)
     return jnp.swapaxes(y, 0, 1), final
