@@ -88,13 +88,17 @@ def select(rows: dict[str, registry.Row], op: str | None, peer: str | None) -> l
     return chosen
 
 
+# Packages of the extra that holds PyTorch.
+_TORCH = ("torch", "fla-core")
+
+
 def _require(name: str, peer: registry.Peer) -> None:
     try:
         importlib.metadata.distribution(peer.package)
     except importlib.metadata.PackageNotFoundError:
         raise Refused(
             f"peer {name!r} needs the package {peer.package!r}, which is not installed. "
-            f'Install the extra: pip install "jaxnum[{"bench-torch" if peer.package == "torch" else "bench"}]".'
+            f'Install the extra: pip install "jaxnum[{"bench-torch" if peer.package in _TORCH else "bench"}]".'
         ) from None
 
 

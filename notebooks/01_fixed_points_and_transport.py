@@ -119,7 +119,9 @@ def total(A):
 
 gradient = jax.grad(total)(A)
 h = 1e-5
-differences = np.array([[(total(A.at[i, j].add(h)) - total(A.at[i, j].add(-h))) / (2 * h) for j in (0, 1)] for i in (0, 1)])
+differences = np.array(
+    [[(total(A.at[i, j].add(h)) - total(A.at[i, j].add(-h))) / (2 * h) for j in (0, 1)] for i in (0, 1)]
+)
 print(gradient)
 print("largest difference:", np.abs(gradient - differences).max())
 assert np.abs(gradient - differences).max() < 1e-8

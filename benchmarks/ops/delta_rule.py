@@ -60,7 +60,7 @@ register(
     Row(
         name="delta_rule",
         covers=("delta_rule", "delta_rule_step"),
-        shapes={"T2048": {"length": 2048}, "T4096": {"length": 4096}},
+        shapes={"T256": {"length": 256}, "T2048": {"length": 2048}, "T4096": {"length": 4096}},
         make=make,
         run=run,
         reference=reference,
@@ -73,13 +73,17 @@ register(
         },
         targets=(
             Target("ratio", 1.4, CPU + "forward at most 1.4x the recurrence.", mode="fwd", peer="lax.scan"),
-            Target(
-                "speedup",
-                4.0,
-                CPU + "forward and backward at least 4x faster than through the recurrence.",
-                at_least=True,
-                mode="fwd_bwd",
-                peer="lax.scan",
+            *(
+                Target(
+                    "speedup",
+                    4.0,
+                    CPU + f"forward and backward at least 4x faster than through the recurrence at {shape[1:]} tokens.",
+                    at_least=True,
+                    shape=shape,
+                    mode="fwd_bwd",
+                    peer="lax.scan",
+                )
+                for shape in ("T2048", "T4096")
             ),
             Target("ratio", 1.0, CPU + "faster than fla's plain PyTorch forward.", mode="fwd", peer="fla"),
             Target(

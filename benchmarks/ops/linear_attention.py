@@ -80,7 +80,7 @@ register(
     Row(
         name="linear_attention",
         covers=("linear_attention", "linear_attention_step"),
-        shapes={"T1024": {"length": 1024}, "T4096": {"length": 4096}},
+        shapes={"T256": {"length": 256}, "T1024": {"length": 1024}, "T4096": {"length": 4096}},
         make=make,
         run=run,
         reference=reference,

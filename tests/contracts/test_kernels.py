@@ -28,7 +28,7 @@ def test_forward_in_float64(member, x64):
     kernel.check_forward(member, "xla", "float64")
 
 
-@pytest.mark.parametrize("dtype", [NARROW, "float32", "float64"])
+@pytest.mark.parametrize("dtype", [NARROW, pytest.param("float32", marks=pytest.mark.slow), "float64"])
 @MEMBERS
 def test_gradients(member, dtype):
     with jax.enable_x64(dtype == "float64"):

@@ -88,7 +88,8 @@ def test_pairs_of_flags(pair):
     check(arrays(T, S, rng, "float32"), flags, "float32")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+# In 16 bits once, with the slow tests: pairs of flags are long as it is.
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("flag", FLAGS)
 def test_single_flags_at_every_length(flag, dtype):
     rng = np.random.default_rng(0)
