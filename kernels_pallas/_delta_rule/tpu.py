@@ -18,12 +18,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas import dispatch, recurrence_tpu
 from kernels_pallas._delta_rule import limits
 from kernels_pallas._delta_rule.config import Config, Operands, gate
 from kernels_pallas.recurrence_tpu import BETA, LANES, Gates, Kinds, Plan, dot, times
+
+# Tokens of the diagonal blocks that are inverted by substitution.
+_BASE = 16
 
 
 def forward(config: Config, operands: Operands, *, interpret: Any = False) -> tuple[jax.Array, jax.Array]:
@@ -215,15 +219,51 @@ def fine_dot(a: jax.Array, b: jax.Array, contract: str, dtype: Any) -> jax.Array
 
 
 def _inverse(L: jax.Array, dtype: Any) -> jax.Array:
-    """(I + L)^-1 of L strictly lower triangular [C, C], by block doubling.
+    """(I + L)^-1 of L strictly lower triangular [C, C].
 
-    Where X holds the inverses of diagonal blocks, X - X L' X holds those of twice the size, with L' the part of L
-    between the two halves of each. Every step multiplies whole matrices.
+    Diagonal blocks of `_BASE` are inverted by forward substitution, all side by side. With the inverses X11 and X22 of
+    two neighbouring ones, the rest of the inverse of both is -X22 L21 X11: of all pairs at once by products whose rows
+    are those of the second blocks alone.
     """
-    row, column = recurrence_tpu.iotas(L.shape[0])
-    # The first step starts from the identity.
-    X = jnp.where(row == column, 1.0, jnp.where(recurrence_tpu.across(row, column, 0), -L, 0.0))
-    for level in range(1, L.shape[0].bit_length() - 1):
-        between = jnp.where(recurrence_tpu.across(row, column, level), L, 0.0)
-        X = X - fine_dot(X, fine_dot(between, X, "nn", dtype), "nn", dtype)
+    C = L.shape[0]
+    X = _substituted(L)
+    half = _BASE
+    while half < C:
+        row, column = (lax.broadcasted_iota(jnp.int32, (C // 2, C), axis) for axis in (0, 1))
+        starts = range(0, C, 2 * half)
+        second = lambda x: jnp.concatenate([x[i + half : i + 2 * half] for i in starts], axis=0)  # noqa: B023, E731
+        between = jnp.where(column // half == 2 * (row // half), second(L), 0.0)
+        T = fine_dot(between, X, "nn", dtype)
+        none = jnp.zeros((half, C), jnp.float32)
+        pieces = [T[i : i + half] for i in range(0, C // 2, half)]
+        T = jnp.concatenate([x for piece in pieces for x in (none, piece)], axis=0)
+        lower = second(X) - fine_dot(second(X), T, "nn", dtype)
+        X = jnp.concatenate(
+            [x for n, i in enumerate(starts) for x in (X[i : i + half], lower[n * half : (n + 1) * half])], axis=0
+        )
+        half *= 2
     return X
+
+
+def _substituted(L: jax.Array) -> jax.Array:
+    """The inverses of the diagonal blocks of I + L, L strictly lower triangular [C, C]; 0 beside the blocks."""
+    C = L.shape[0]
+    row, lane = (lax.broadcasted_iota(jnp.int32, (_BASE, LANES), axis) for axis in (0, 1))
+    first = lane & -_BASE
+    X = []
+    for start in range(0, C, LANES):
+        # Block by block side by side along the lanes.
+        own = jnp.zeros((_BASE, LANES), jnp.float32)
+        for i in range(0, LANES, _BASE):
+            own = jnp.where(first == i, L[start + i : start + i + _BASE, start : start + LANES], own)
+        found = jnp.where(row == lane - first, 1.0, 0.0)
+        for j in range(_BASE - 1):
+            # Column j of every block, in all of its lanes.
+            factor = jnp.take_along_axis(own, first + j, axis=1)
+            found = found - factor * found[j : j + 1]
+        for i in range(0, LANES, _BASE):
+            piece = [jnp.where(first == i, found, 0.0)]
+            piece = [jnp.zeros((_BASE, start), jnp.float32)] * (start > 0) + piece
+            piece += [jnp.zeros((_BASE, C - start - LANES), jnp.float32)] * (start + LANES < C)
+            X.append(jnp.concatenate(piece, axis=1))
+    return jnp.concatenate(X, axis=0)
