@@ -125,8 +125,7 @@ def _kernel(*refs: Any, scale: float, plan: Plan, kinds: Kinds, names: tuple[str
         arrays["S"][...] = arrays["state"][...]
 
     def ready(c: Any) -> None:
-        for own in of_head:
-            _ready(own, c, plan.chunk, kinds)
+        _ready(of_head, c, plan.chunk, kinds)
 
     def carry(c: Any) -> None:
         for own in of_head:
@@ -142,20 +141,24 @@ def _kernel(*refs: Any, scale: float, plan: Plan, kinds: Kinds, names: tuple[str
             arrays["last_state"][...] = arrays["S"][...]
 
 
-def _ready(arrays: dict[str, Any], c: Any, C: int, kinds: Kinds) -> None:
+def _ready(of_head: list[dict[str, Any]], c: Any, C: int, kinds: Kinds) -> None:
     """What of a chunk needs no state."""
-    g, beta = recurrence_tpu.read_gates(arrays, c, kinds, C), beta_of(arrays, c)
-    k = recurrence_tpu.rows(arrays["k"], c, C)
-    dtype = k.dtype
-    if "scores" in arrays:
-        q = recurrence_tpu.rows(arrays["q"], c, C)
-        arrays["scores"][c] = recurrence_tpu.scores(q, k, g, dtype).astype(dtype)
-    row, column = recurrence_tpu.iotas(C)
-    M = jnp.where(row > column, recurrence_tpu.scores(k, k, g, dtype), 0.0)
-    arrays["inverses"][c] = _inverse(times(M, beta), dtype)
-    if kinds.gate == "channel":
-        arrays["before"][c], arrays["after"][c] = g.before, g.after
-        arrays["whole"][c] = jnp.broadcast_to(g.whole, arrays["whole"].shape[1:])
+    matrices = []
+    for arrays in of_head:
+        g, beta = recurrence_tpu.read_gates(arrays, c, kinds, C), beta_of(arrays, c)
+        k = recurrence_tpu.rows(arrays["k"], c, C)
+        dtype = k.dtype
+        if "scores" in arrays:
+            q = recurrence_tpu.rows(arrays["q"], c, C)
+            arrays["scores"][c] = recurrence_tpu.scores(q, k, g, dtype).astype(dtype)
+        row, column = recurrence_tpu.iotas(C)
+        M = jnp.where(row > column, recurrence_tpu.scores(k, k, g, dtype), 0.0)
+        matrices.append(times(M, beta))
+        if kinds.gate == "channel":
+            arrays["before"][c], arrays["after"][c] = g.before, g.after
+            arrays["whole"][c] = jnp.broadcast_to(g.whole, arrays["whole"].shape[1:])
+    for arrays, A in zip(of_head, _inverses(matrices, dtype), strict=True):
+        arrays["inverses"][c] = A
 
 
 def _carry(arrays: dict[str, Any], c: Any, C: int, kinds: Kinds, scale: float) -> None:
@@ -218,52 +221,65 @@ def fine_dot(a: jax.Array, b: jax.Array, contract: str, dtype: Any) -> jax.Array
     return total
 
 
-def _inverse(L: jax.Array, dtype: Any) -> jax.Array:
-    """(I + L)^-1 of L strictly lower triangular [C, C].
+def _inverses(matrices: list[jax.Array], dtype: Any) -> list[jax.Array]:
+    """(I + L)^-1 of every L strictly lower triangular [C, C].
 
     Diagonal blocks of `_BASE` are inverted by forward substitution, all side by side. With the inverses X11 and X22 of
     two neighbouring ones, the rest of the inverse of both is -X22 L21 X11: of all pairs at once by products whose rows
     are those of the second blocks alone.
     """
-    C = L.shape[0]
-    X = _substituted(L)
+    C = matrices[0].shape[0]
+    found = _substituted(matrices)
     half = _BASE
     while half < C:
         row, column = (lax.broadcasted_iota(jnp.int32, (C // 2, C), axis) for axis in (0, 1))
-        starts = range(0, C, 2 * half)
-        second = lambda x: jnp.concatenate([x[i + half : i + 2 * half] for i in starts], axis=0)  # noqa: B023, E731
-        between = jnp.where(column // half == 2 * (row // half), second(L), 0.0)
-        T = fine_dot(between, X, "nn", dtype)
-        none = jnp.zeros((half, C), jnp.float32)
-        pieces = [T[i : i + half] for i in range(0, C // 2, half)]
-        T = jnp.concatenate([x for piece in pieces for x in (none, piece)], axis=0)
-        lower = second(X) - fine_dot(second(X), T, "nn", dtype)
-        X = jnp.concatenate(
-            [x for n, i in enumerate(starts) for x in (X[i : i + half], lower[n * half : (n + 1) * half])], axis=0
-        )
+        across = column // half == 2 * (row // half)
+        second = [jnp.where(across, _second(L, half), 0.0) for L in matrices]
+        second = [fine_dot(L, X, "nn", dtype) for L, X in zip(second, found, strict=True)]
+        second = [_joined(jnp.zeros_like(T), T, half) for T in second]
+        second = [fine_dot(_second(X, half), T, "nn", dtype) for X, T in zip(found, second, strict=True)]
+        found = [
+            _joined(_first(X, half), _second(X, half) - T, half) for X, T in zip(found, second, strict=True)
+        ]
         half *= 2
-    return X
+    return found
 
 
-def _substituted(L: jax.Array) -> jax.Array:
-    """The inverses of the diagonal blocks of I + L, L strictly lower triangular [C, C]; 0 beside the blocks."""
-    C = L.shape[0]
+def _first(x: jax.Array, half: int) -> jax.Array:
+    """The rows of the first half of every block."""
+    return jnp.concatenate([x[i : i + half] for i in range(0, x.shape[0], 2 * half)], axis=0)
+
+
+def _second(x: jax.Array, half: int) -> jax.Array:
+    """The rows of the second half of every block."""
+    return jnp.concatenate([x[i : i + half] for i in range(half, x.shape[0], 2 * half)], axis=0)
+
+
+def _joined(first: jax.Array, second: jax.Array, half: int) -> jax.Array:
+    """The rows of both halves of every block."""
+    at = range(0, first.shape[0], half)
+    return jnp.concatenate([x[i : i + half] for i in at for x in (first, second)], axis=0)
+
+
+def _substituted(matrices: list[jax.Array]) -> list[jax.Array]:
+    """The inverses of the diagonal blocks of every I + L, L strictly lower triangular [C, C]; 0 beside the blocks."""
+    C = matrices[0].shape[0]
     row, lane = (lax.broadcasted_iota(jnp.int32, (_BASE, LANES), axis) for axis in (0, 1))
     first = lane & -_BASE
-    X = []
-    for start in range(0, C, LANES):
-        # Block by block side by side along the lanes.
-        own = jnp.zeros((_BASE, LANES), jnp.float32)
-        for i in range(0, LANES, _BASE):
-            own = jnp.where(first == i, L[start + i : start + i + _BASE, start : start + LANES], own)
-        found = jnp.where(row == lane - first, 1.0, 0.0)
-        for j in range(_BASE - 1):
-            # Column j of every block, in all of its lanes.
-            factor = jnp.take_along_axis(own, first + j, axis=1)
-            found = found - factor * found[j : j + 1]
-        for i in range(0, LANES, _BASE):
-            piece = [jnp.where(first == i, found, 0.0)]
-            piece = [jnp.zeros((_BASE, start), jnp.float32)] * (start > 0) + piece
-            piece += [jnp.zeros((_BASE, C - start - LANES), jnp.float32)] * (start + LANES < C)
-            X.append(jnp.concatenate(piece, axis=1))
-    return jnp.concatenate(X, axis=0)
+    parts = range(0, C, LANES)
+    # Block by block side by side along the lanes.
+    own = [jnp.zeros((_BASE, LANES), jnp.float32) for _ in matrices for _ in parts]
+    for i in range(0, LANES, _BASE):
+        pieces = [L[at + i : at + i + _BASE, at : at + LANES] for L in matrices for at in parts]
+        own = [jnp.where(first == i, piece, x) for piece, x in zip(pieces, own, strict=True)]
+    found = [jnp.where(row == lane - first, 1.0, 0.0) for _ in own]
+    for j in range(_BASE - 1):
+        # Column j of every block, in all of its lanes.
+        factors = [jnp.take_along_axis(x, first + j, axis=1) for x in own]
+        found = [x - factor * x[j : j + 1] for x, factor in zip(found, factors, strict=True)]
+    wide = []
+    for n, x in enumerate(found):
+        at = n % len(parts)
+        part = jnp.concatenate([jnp.where(first == i, x, 0.0) for i in range(0, LANES, _BASE)], axis=0)
+        wide.append(jnp.concatenate([part if at == i else jnp.zeros_like(part) for i in range(len(parts))], axis=1))
+    return [jnp.concatenate(wide[i : i + len(parts)], axis=0) for i in range(0, len(wide), len(parts))]
