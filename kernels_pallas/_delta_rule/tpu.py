@@ -128,11 +128,10 @@ def _kernel(*refs: Any, scale: float, plan: Plan, kinds: Kinds, names: tuple[str
         _ready(of_head, c, plan.chunk, kinds)
 
     def carry(c: Any) -> None:
-        for own in of_head:
-            _carry(own, c, plan.chunk, kinds, scale)
+        _carry(of_head, c, plan.chunk, kinds, scale)
 
     recurrence_tpu.loop(plan.chunks, 1, ready)
-    recurrence_tpu.loop(plan.chunks, 2, carry)
+    recurrence_tpu.loop(plan.chunks, 1, carry)
 
     if "last_state" in arrays:
 
@@ -161,32 +160,44 @@ def _ready(of_head: list[dict[str, Any]], c: Any, C: int, kinds: Kinds) -> None:
         arrays["inverses"][c] = A
 
 
-def _carry(arrays: dict[str, Any], c: Any, C: int, kinds: Kinds, scale: float) -> None:
+def _carry(of_head: list[dict[str, Any]], c: Any, C: int, kinds: Kinds, scale: float) -> None:
     """The output of a chunk, and the state behind it."""
-    q, k, v = (recurrence_tpu.rows(arrays[name], c, C) for name in "qkv")
-    dtype, S = q.dtype, arrays["S"][...]
-    if kinds.gate == "channel":
-        g = Gates(None, arrays["before"][c], arrays["after"][c], arrays["whole"][c][:1], ())
-    else:
-        g = recurrence_tpu.read_gates(arrays, c, kinds, C)
-    if "states" in arrays:
-        arrays["states"][c] = S
-    _, u = corrections(k, v, S, arrays["inverses"][c], g, beta_of(arrays, c), dtype)
-    if "o" in arrays:
-        o = dot(arrays["scores"][c], u, "nn", dtype)
-        if g.levels is None:
-            # One factor a row is applied behind the product, where it rounds nothing.
-            o = o + times(fine_dot(q, S, "nt", dtype), g.before)
+    q, k, v = ([recurrence_tpu.rows(arrays[name], c, C) for arrays in of_head] for name in "qkv")
+    dtype, S = q[0].dtype, [arrays["S"][...] for arrays in of_head]
+    g = []
+    for arrays in of_head:
+        if kinds.gate == "channel":
+            g.append(Gates(None, arrays["before"][c], arrays["after"][c], arrays["whole"][c][:1], ()))
         else:
-            o = o + fine_dot(times(q, g.before), S, "nt", dtype)
-        at = pl.ds(recurrence_tpu.multiple_of(c * C, C), C)
-        arrays["o"][at, :] = (scale * o).astype(dtype)
-    # Errors of the state come back in what later tokens correct: it is added to in full.
-    if g.levels is None:
-        added = fine_dot(times(u, g.after), k, "tn", dtype)
+            g.append(recurrence_tpu.read_gates(arrays, c, kinds, C))
+    beta = [beta_of(arrays, c) for arrays in of_head]
+    channels = g[0].levels is not None
+    n = range(len(of_head))
+    if "states" in of_head[0]:
+        for i in n:
+            of_head[i]["states"][c] = S[i]
+    if channels:
+        seen = [fine_dot(times(k[i], g[i].before), S[i], "nt", dtype) for i in n]
     else:
-        added = fine_dot(u, times(k, g.after), "tn", dtype)
-    arrays["S"][...] = times(S, g.whole) + added
+        seen = [times(fine_dot(k[i], S[i], "nt", dtype), g[i].before) for i in n]
+    if "o" in of_head[0]:
+        if channels:
+            o = [fine_dot(times(q[i], g[i].before), S[i], "nt", dtype) for i in n]
+        else:
+            o = [times(fine_dot(q[i], S[i], "nt", dtype), g[i].before) for i in n]
+    error = [times(v[i].astype(jnp.float32) - seen[i], beta[i]) for i in n]
+    u = [fine_dot(of_head[i]["inverses"][c], error[i], "nn", dtype) for i in n]
+    if channels:
+        added = [fine_dot(u[i], times(k[i], g[i].after), "tn", dtype) for i in n]
+    else:
+        added = [fine_dot(times(u[i], g[i].after), k[i], "tn", dtype) for i in n]
+    if "o" in of_head[0]:
+        o = [o[i] + dot(of_head[i]["scores"][c], u[i], "nn", dtype) for i in n]
+        at = pl.ds(recurrence_tpu.multiple_of(c * C, C), C)
+        for i in n:
+            of_head[i]["o"][at, :] = (scale * o[i]).astype(dtype)
+    for i in n:
+        of_head[i]["S"][...] = times(S[i], g[i].whole) + added[i]
 
 
 def beta_of(arrays: dict[str, Any], c: Any) -> jax.Array:
