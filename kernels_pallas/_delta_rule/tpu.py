@@ -218,18 +218,31 @@ def corrections(
     return error, fine_dot(A, times(error, beta), "nn", dtype)
 
 
-def fine_dot(a: jax.Array, b: jax.Array, contract: str, dtype: Any) -> jax.Array:
-    """A product of float32 matrices, in full; beside inputs of 16 bits in three products of these: to 2^-16."""
+def fine_dot(a: Any, b: Any, contract: str, dtype: Any) -> jax.Array:
+    """A product of float32 matrices, in full; beside inputs of 16 bits in three products of these: to 2^-16.
+
+    Args:
+      a: a matrix, or its `parts`.
+      b: a matrix, or its `parts`.
+      contract: as of `dot`.
+      dtype: of the inputs.
+    """
     if dtype != jnp.bfloat16:
         return dot(a, b, contract, jnp.float32)
-    high = [x.astype(dtype) for x in (a, b)]
-    low = [None if x.dtype == dtype else x - y.astype(jnp.float32) for x, y in zip((a, b), high, strict=True)]
-    total = dot(high[0], high[1], contract, dtype)
-    if low[0] is not None:
-        total = total + dot(low[0], high[1], contract, dtype)
-    if low[1] is not None:
-        total = total + dot(high[0], low[1], contract, dtype)
-    return total
+    a, b = (x if isinstance(x, tuple) else parts(x, dtype) for x in (a, b))
+    pairs = [(a[0], b[0]), *((x, b[0]) for x in a[1:]), *((a[0], x) for x in b[1:])]
+    # The sum over the products is one over a longer axis: a matrix unit that is large enough adds, too.
+    axes = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}[contract]
+    longer = [jnp.concatenate(xs, axis=axis) for xs, axis in zip(zip(*pairs, strict=True), axes, strict=True)]
+    return dot(*longer, contract, dtype)
+
+
+def parts(x: jax.Array, dtype: Any) -> tuple[jax.Array, ...]:
+    """A matrix rounded to bfloat16 and, if that is not all of it, what is left."""
+    if x.dtype == dtype:
+        return (x,)
+    high = x.astype(dtype)
+    return high, (x - high.astype(jnp.float32)).astype(dtype)
 
 
 def _inverses(matrices: list[jax.Array], dtype: Any) -> list[jax.Array]:
@@ -245,15 +258,34 @@ def _inverses(matrices: list[jax.Array], dtype: Any) -> list[jax.Array]:
     while half < C:
         row, column = (lax.broadcasted_iota(jnp.int32, (C // 2, C), axis) for axis in (0, 1))
         across = column // half == 2 * (row // half)
-        second = [jnp.where(across, _second(L, half), 0.0) for L in matrices]
-        second = [fine_dot(L, X, "nn", dtype) for L, X in zip(second, found, strict=True)]
-        second = [_joined(jnp.zeros_like(T), T, half) for T in second]
-        second = [fine_dot(_second(X, half), T, "nn", dtype) for X, T in zip(found, second, strict=True)]
-        found = [
-            _joined(_first(X, half), _second(X, half) - T, half) for X, T in zip(found, second, strict=True)
-        ]
+        between = [jnp.where(across, _second(L, half), 0.0) for L in matrices]
+        corner = [_half_dot(L, _first(X, half), half, 0, dtype) for L, X in zip(between, found, strict=True)]
+        corner = [_half_dot(_second(X, half), T, half, 1, dtype) for X, T in zip(found, corner, strict=True)]
+        found = [_joined(_first(X, half), _second(X, half) - T, half) for X, T in zip(found, corner, strict=True)]
         half *= 2
     return found
+
+
+def _half_dot(a: jax.Array, b: jax.Array, half: int, which: int, dtype: Any) -> jax.Array:
+    """The product of a [C / 2, C] and b [C / 2, C], whose rows stand for one half of every block of a's columns.
+
+    Args:
+      a: 0 in the columns of the other halves, where it has room for what rounding to 16 bits leaves.
+      b: the rows of one half of every block.
+      half: the length of half a block.
+      which: the half, 0 for the first, 1 for the second.
+      dtype: of the inputs of the kernel.
+    """
+    from jax.experimental.pallas import tpu as pltpu
+
+    if dtype != jnp.bfloat16:
+        return dot(a, _joined(b, b, half), "nn", jnp.float32)
+    high, low = (x.astype(jnp.float32) for x in parts(a, dtype))
+    shift = half if which == 0 else a.shape[1] - half
+    both = (high + pltpu.roll(low, shift, 1)).astype(dtype)
+    left = jnp.concatenate([both, high.astype(dtype)], axis=1)
+    right = jnp.concatenate([_joined(x, x, half) for x in parts(b, dtype)], axis=0)
+    return dot(left, right, "nn", dtype)
 
 
 def _first(x: jax.Array, half: int) -> jax.Array:
