@@ -229,6 +229,19 @@ def read_gates(inputs: dict[str, Any], c: Any, kinds: Kinds, C: int) -> Gates:
     return token_gates(lines, decays=kinds.gate == "token", segments=kinds.segments)
 
 
+def line(lines: Any, c: Any, which: int) -> jax.Array:
+    """One of the lines of chunk c of a step, [1, C]."""
+    return lines[c][which : which + 1]
+
+
+def row_gates(inputs: dict[str, Any], c: Any, kinds: Kinds) -> Gates:
+    """`Gates` of tokens along the lanes, [1, C] and [1, 1], without those between tokens."""
+    if kinds.gate == "none" and not kinds.segments:
+        return Gates(None)
+    before, after, whole = (line(inputs["lines"], c, which) for which in (_BEFORE, _AFTER, _WHOLE))
+    return Gates(None, before, after, whole[:, :1])
+
+
 # --- What a chunk knows, inside a kernel. -----------------------------------------------------------------------------
 
 

@@ -144,15 +144,14 @@ def _ready(of_head: list[dict[str, Any]], c: Any, C: int, kinds: Kinds) -> None:
     """What of a chunk needs no state."""
     matrices = []
     for arrays in of_head:
-        g, beta = recurrence_tpu.read_gates(arrays, c, kinds, C), beta_of(arrays, c)
+        g, beta = recurrence_tpu.read_gates(arrays, c, kinds, C), recurrence_tpu.line(arrays["lines"], c, BETA)
         k = recurrence_tpu.rows(arrays["k"], c, C)
         dtype = k.dtype
         if "scores" in arrays:
             q = recurrence_tpu.rows(arrays["q"], c, C)
-            arrays["scores"][c] = recurrence_tpu.scores(q, k, g, dtype).astype(dtype)
+            arrays["scores"][c] = (recurrence_tpu.scores(q, k, g, dtype) * beta).astype(dtype)
         row, column = recurrence_tpu.iotas(C)
-        M = jnp.where(row > column, recurrence_tpu.scores(k, k, g, dtype), 0.0)
-        matrices.append(times(M, beta))
+        matrices.append(jnp.where(row > column, recurrence_tpu.scores(k, k, g, dtype), 0.0) * beta)
         if kinds.gate == "channel":
             arrays["before"][c], arrays["after"][c] = g.before, g.after
             arrays["whole"][c] = jnp.broadcast_to(g.whole, arrays["whole"].shape[1:])
@@ -161,61 +160,34 @@ def _ready(of_head: list[dict[str, Any]], c: Any, C: int, kinds: Kinds) -> None:
 
 
 def _carry(of_head: list[dict[str, Any]], c: Any, C: int, kinds: Kinds, scale: float) -> None:
-    """The output of a chunk, and the state behind it."""
+    """The output of a chunk, and the state behind it: transposed, so that gates of tokens run along the lanes."""
+    n = range(len(of_head))
     q, k, v = ([recurrence_tpu.rows(arrays[name], c, C) for arrays in of_head] for name in "qkv")
     dtype, S = q[0].dtype, [arrays["S"][...] for arrays in of_head]
-    g = []
-    for arrays in of_head:
-        if kinds.gate == "channel":
-            g.append(Gates(None, arrays["before"][c], arrays["after"][c], arrays["whole"][c][:1], ()))
-        else:
-            g.append(recurrence_tpu.read_gates(arrays, c, kinds, C))
-    beta = [beta_of(arrays, c) for arrays in of_head]
-    channels = g[0].levels is not None
-    n = range(len(of_head))
+    beta = [recurrence_tpu.line(arrays["lines"], c, BETA) for arrays in of_head]
     if "states" in of_head[0]:
         for i in n:
             of_head[i]["states"][c] = S[i]
-    if channels:
-        seen = [fine_dot(times(k[i], g[i].before), S[i], "nt", dtype) for i in n]
+    if kinds.gate == "channel":
+        g = [Gates(None, x["before"][c], x["after"][c], x["whole"][c][:1]) for x in of_head]
+        reads = lambda x: [fine_dot(S[i], times(x[i], g[i].before), "nt", dtype) for i in n]  # noqa: E731
     else:
-        seen = [times(fine_dot(k[i], S[i], "nt", dtype), g[i].before) for i in n]
+        g = [recurrence_tpu.row_gates(arrays, c, kinds) for arrays in of_head]
+        reads = lambda x: [times(fine_dot(S[i], x[i], "nt", dtype), g[i].before) for i in n]  # noqa: E731
+    error = [jnp.transpose(v[i]).astype(jnp.float32) - seen for i, seen in enumerate(reads(k))]
+    y = [fine_dot(error[i], of_head[i]["inverses"][c], "nt", dtype) for i in n]
     if "o" in of_head[0]:
-        if channels:
-            o = [fine_dot(times(q[i], g[i].before), S[i], "nt", dtype) for i in n]
-        else:
-            o = [times(fine_dot(q[i], S[i], "nt", dtype), g[i].before) for i in n]
-    error = [times(v[i].astype(jnp.float32) - seen[i], beta[i]) for i in n]
-    u = [fine_dot(of_head[i]["inverses"][c], error[i], "nn", dtype) for i in n]
-    if channels:
-        added = [fine_dot(u[i], times(k[i], g[i].after), "tn", dtype) for i in n]
-    else:
-        added = [fine_dot(times(u[i], g[i].after), k[i], "tn", dtype) for i in n]
-    if "o" in of_head[0]:
-        o = [o[i] + dot(of_head[i]["scores"][c], u[i], "nn", dtype) for i in n]
+        o = [x + dot(y[i], of_head[i]["scores"][c], "nt", dtype) for i, x in enumerate(reads(q))]
         at = pl.ds(recurrence_tpu.multiple_of(c * C, C), C)
         for i in n:
-            of_head[i]["o"][at, :] = (scale * o[i]).astype(dtype)
+            of_head[i]["o"][at, :] = jnp.transpose((scale * o[i]).astype(dtype))
+    # Errors of the state come back in what later tokens correct: it is added to in full.
+    if kinds.gate == "channel":
+        added = [fine_dot(y[i] * beta[i], times(k[i], g[i].after), "nn", dtype) for i in n]
+    else:
+        added = [fine_dot(times(y[i] * beta[i], g[i].after), k[i], "nn", dtype) for i in n]
     for i in n:
         of_head[i]["S"][...] = times(S[i], g[i].whole) + added[i]
-
-
-def beta_of(arrays: dict[str, Any], c: Any) -> jax.Array:
-    """beta of a chunk, [C, 128], lanes equal."""
-    columns = jnp.transpose(arrays["lines"][c])
-    return jnp.broadcast_to(columns[:, BETA : BETA + 1], (columns.shape[0], LANES))
-
-
-def corrections(
-    k: jax.Array, v: jax.Array, S: jax.Array, A: jax.Array, g: Gates, beta: jax.Array, dtype: Any
-) -> tuple[jax.Array, jax.Array]:
-    """The errors v - (k * before) S, and u, of a chunk; both float32 [C, V]."""
-    if g.levels is None:
-        seen = times(fine_dot(k, S, "nt", dtype), g.before)
-    else:
-        seen = fine_dot(times(k, g.before), S, "nt", dtype)
-    error = v.astype(jnp.float32) - seen
-    return error, fine_dot(A, times(error, beta), "nn", dtype)
 
 
 def fine_dot(a: Any, b: Any, contract: str, dtype: Any) -> jax.Array:

@@ -24,8 +24,8 @@ from jax.experimental import pallas as pl
 from kernels_pallas import dispatch, recurrence_tpu
 from kernels_pallas._delta_rule import limits
 from kernels_pallas._delta_rule.config import Config, Operands, gate
-from kernels_pallas._delta_rule.tpu import beta_of, corrections, fine_dot, prepare, sweep
-from kernels_pallas.recurrence_tpu import Kinds, Plan, dot, times
+from kernels_pallas._delta_rule.tpu import fine_dot, prepare, sweep
+from kernels_pallas.recurrence_tpu import BETA, LANES, Kinds, Plan, dot, times
 
 # The line of a chunk's cotangents that holds those of beta, behind the four of decays.
 _BETA = 4
@@ -132,7 +132,7 @@ def _kernel(*refs: Any, scale: float, plan: Plan, kinds: Kinds, names: tuple[str
 
 
 def _chunk(arrays: dict[str, Any], c: Any, C: int, kinds: Kinds, scale: float) -> None:
-    g, beta = recurrence_tpu.read_gates(arrays, c, kinds, C), beta_of(arrays, c)
+    g, beta = recurrence_tpu.read_gates(arrays, c, kinds, C), _beta_of(arrays, c)
     q, k, v, do = (recurrence_tpu.rows(arrays[name], c, C) for name in ("q", "k", "v", "do"))
     dtype, S, A, dS = q.dtype, arrays["states"][c], arrays["inverses"][c], arrays["dS"][...]
     row, column = recurrence_tpu.iotas(C)
@@ -140,14 +140,18 @@ def _chunk(arrays: dict[str, Any], c: Any, C: int, kinds: Kinds, scale: float) -
 
     P = scale * recurrence_tpu.scores(q, k, g, dtype)
     M = below(recurrence_tpu.scores(k, k, g, dtype))
-    error, u = corrections(k, v, S, A, g, beta, dtype)
+    if g.levels is None:
+        seen = times(fine_dot(k, S, "nt", dtype), g.before)
+    else:
+        seen = fine_dot(times(k, g.before), S, "nt", dtype)
+    y = fine_dot(A, v.astype(jnp.float32) - seen, "nn", dtype)
+    u = times(y, beta)
     du = dot(P, do, "tn", dtype) + fine_dot(times(k, g.after), dS, "nt", dtype)
-    r = fine_dot(A, du, "tn", dtype)
-    dv = times(r, beta)
-    dL = -below(fine_dot(r, u, "nt", dtype))
+    dv = fine_dot(A, times(du, beta), "tn", dtype)
+    dL = -below(fine_dot(dv, y, "nt", dtype))
     dP = jnp.where(row >= column, dot(do, u, "nt", dtype), 0.0)
 
-    dM = times(dL, beta)
+    dM = dL * recurrence_tpu.line(arrays["lines"], c, BETA)
     dq, dk, levels = recurrence_tpu.scores_cotangents(q, k, scale * dP, g, dtype)
     first, second, more = recurrence_tpu.scores_cotangents(k, k, dM, g, dtype)
     q_before = scale * times(dot(do, S, "nn", dtype), g.before)
@@ -166,9 +170,15 @@ def _chunk(arrays: dict[str, Any], c: Any, C: int, kinds: Kinds, scale: float) -
     # What a token has to do with itself does not decay.
     between = below(dP * P) + dM * M if kinds.gate == "token" else jnp.zeros((C, C), jnp.float32)
     lines = recurrence_tpu.cotangent_lines(between, before, after, kept * S)
-    dbeta = recurrence_tpu.sums_along_lanes(r * error) + recurrence_tpu.sums_along_lanes(dL * M)
+    dbeta = recurrence_tpu.sums_along_lanes(du * y) + jnp.sum(dL * M, axis=0, keepdims=True)
     arrays["dlines"][c] = jnp.concatenate([lines[:_BETA], dbeta, lines[_BETA + 1 :]], axis=0)
     if kinds.gate == "channel":
         both = [x + y for x, y in zip(levels, more, strict=True)]
         whole = jnp.sum(kept * S, axis=0, keepdims=True)
         arrays["dlog_decay"][at, :] = recurrence_tpu.channel_cotangent(both, before, after, whole)
+
+
+def _beta_of(arrays: dict[str, Any], c: Any) -> jax.Array:
+    """beta of a chunk, [C, 128], lanes equal."""
+    columns = jnp.transpose(arrays["lines"][c])
+    return jnp.broadcast_to(columns[:, BETA : BETA + 1], (columns.shape[0], LANES))
