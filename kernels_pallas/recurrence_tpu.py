@@ -289,18 +289,24 @@ def head_gates(log_decay: jax.Array, C: int, tokens: Any) -> Gates:
 def token_gates(lines: jax.Array, *, decays: bool, segments: bool) -> Gates:
     """The gates of a chunk from its lines [8, C]."""
     C = lines.shape[1]
-    columns = jnp.transpose(lines)  # [C, 8]
     row, column = iotas(C)
     keep = row >= column
     if segments:
-        keep = keep & (columns[:, _SEGMENT : _SEGMENT + 1] == lines[_SEGMENT : _SEGMENT + 1])
+        keep = keep & (as_column(lines, _SEGMENT, C) == lines[_SEGMENT : _SEGMENT + 1])
     if decays:
-        parts = [columns[:, at : at + 1] - lines[at : at + 1] for at in (_COARSE, _REST)]
+        parts = [as_column(lines, at, C) - lines[at : at + 1] for at in (_COARSE, _REST)]
         between = jnp.exp2(jnp.where(keep, parts[0] + parts[1], -jnp.inf))
     else:
         between = jnp.where(keep, 1.0, 0.0)
-    spread = lambda at: jnp.broadcast_to(columns[:, at : at + 1], (C, LANES))  # noqa: E731
-    return Gates(between, spread(_BEFORE), spread(_AFTER), lines[_WHOLE : _WHOLE + 1, :1])
+    return Gates(between, as_column(lines, _BEFORE), as_column(lines, _AFTER), lines[_WHOLE : _WHOLE + 1, :1])
+
+
+def as_column(lines: jax.Array, which: int, wide: int = LANES) -> jax.Array:
+    """One of the lines of a chunk as a column [C, wide], lanes equal.
+
+    A whole matrix is transposed, which costs a TPU less than to spread a column over the lanes.
+    """
+    return jnp.transpose(jnp.broadcast_to(lines[which : which + 1], (wide, lines.shape[1])))
 
 
 def times(x: jax.Array, decay: jax.Array | None) -> jax.Array:

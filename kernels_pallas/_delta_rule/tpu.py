@@ -289,9 +289,12 @@ def _substituted(matrices: list[jax.Array]) -> list[jax.Array]:
         own = [jnp.where(first == i, piece, x) for piece, x in zip(pieces, own, strict=True)]
     found = [jnp.where(row == lane - first, 1.0, 0.0) for _ in own]
     for j in range(_BASE - 1):
+        # Rows of eight that lie before row j + 1 are done.
+        done = (j + 1) // 8 * 8
         # Column j of every block, in all of its lanes.
-        factors = [jnp.take_along_axis(x, first + j, axis=1) for x in own]
-        found = [x - factor * x[j : j + 1] for x, factor in zip(found, factors, strict=True)]
+        factors = [jnp.take_along_axis(x[done:], first[done:] + j, axis=1) for x in own]
+        later = [x[done:] - factor * x[j : j + 1] for x, factor in zip(found, factors, strict=True)]
+        found = [jnp.concatenate([x[:done], y], axis=0) if done else y for x, y in zip(found, later, strict=True)]
     wide = []
     for n, x in enumerate(found):
         at = n % len(parts)

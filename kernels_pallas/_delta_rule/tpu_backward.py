@@ -25,7 +25,7 @@ from kernels_pallas import dispatch, recurrence_tpu
 from kernels_pallas._delta_rule import limits
 from kernels_pallas._delta_rule.config import Config, Operands, gate
 from kernels_pallas._delta_rule.tpu import fine_dot, prepare, sweep
-from kernels_pallas.recurrence_tpu import BETA, LANES, Kinds, Plan, dot, times
+from kernels_pallas.recurrence_tpu import BETA, Kinds, Plan, dot, times
 
 # The line of a chunk's cotangents that holds those of beta, behind the four of decays.
 _BETA = 4
@@ -132,7 +132,7 @@ def _kernel(*refs: Any, scale: float, plan: Plan, kinds: Kinds, names: tuple[str
 
 
 def _chunk(arrays: dict[str, Any], c: Any, C: int, kinds: Kinds, scale: float) -> None:
-    g, beta = recurrence_tpu.read_gates(arrays, c, kinds, C), _beta_of(arrays, c)
+    g, beta = recurrence_tpu.read_gates(arrays, c, kinds, C), recurrence_tpu.as_column(arrays["lines"][c], BETA)
     q, k, v, do = (recurrence_tpu.rows(arrays[name], c, C) for name in ("q", "k", "v", "do"))
     dtype, S, A, dS = q.dtype, arrays["states"][c], arrays["inverses"][c], arrays["dS"][...]
     row, column = recurrence_tpu.iotas(C)
@@ -176,9 +176,3 @@ def _chunk(arrays: dict[str, Any], c: Any, C: int, kinds: Kinds, scale: float) -
         both = [x + y for x, y in zip(levels, more, strict=True)]
         whole = jnp.sum(kept * S, axis=0, keepdims=True)
         arrays["dlog_decay"][at, :] = recurrence_tpu.channel_cotangent(both, before, after, whole)
-
-
-def _beta_of(arrays: dict[str, Any], c: Any) -> jax.Array:
-    """beta of a chunk, [C, 128], lanes equal."""
-    columns = jnp.transpose(arrays["lines"][c])
-    return jnp.broadcast_to(columns[:, BETA : BETA + 1], (columns.shape[0], LANES))
