@@ -229,7 +229,7 @@ def _inverses(matrices: list[jax.Array], dtype: Any) -> list[jax.Array]:
     half = _BASE
     while half < C:
         row, column = (lax.broadcasted_iota(jnp.int32, (C // 2, C), axis) for axis in (0, 1))
-        across = column // half == 2 * (row // half)
+        across = (column & -half) == 2 * (row & -half)
         between = [jnp.where(across, _second(L, half), 0.0) for L in matrices]
         corner = [_half_dot(L, _first(X, half), half, 0, dtype) for L, X in zip(between, found, strict=True)]
         corner = [_half_dot(_second(X, half), T, half, 1, dtype) for X, T in zip(found, corner, strict=True)]
