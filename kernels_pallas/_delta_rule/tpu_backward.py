@@ -59,7 +59,8 @@ def _backward(config: Config, operands: Operands, do: Any, dstate: Any, interpre
         "inverses": dispatch.output((*lead, plan.chunk, plan.chunk), jnp.float32),
         "states": dispatch.output((*lead, *state.shape[2:]), jnp.float32),
     }
-    arrays = sweep(inputs | {"state": state}, kept, config, kinds, plan, heads, interpret)
+    forward_heads = limits.states_heads(operands, plan, heads)
+    arrays = sweep(inputs | {"state": state}, kept, config, kinds, plan, forward_heads, interpret)
     inputs |= dict(zip(kept, arrays, strict=True))
     inputs |= {
         "do": recurrence_tpu.heads_first(do.astype(operands.q.dtype), plan),
