@@ -9,7 +9,7 @@ its start to a token, from a token to its end, and over all of it. They hold the
 belong to the segment that the state comes from, or goes to.
 
 Decays are in base 2, so that exp2 replaces exp. Those of tokens are summed by XLA in two parts (`recurrence`), which
-come in as lines of an array [8, C], along the lanes; one transpose in the kernel gives the columns. Those of key
+come in as lines of an array [8, C], along the lanes; a kernel transposes what it needs as columns. Those of key
 channels are summed in the kernel by doubling (`channel_gates`): every sum has terms of one sign, and nothing cancels.
 """
 

@@ -2,13 +2,18 @@
 
 Grid (batch, heads, step), see `recurrence_tpu`. Of a chunk, with S the state before it and D the decays inside it,
 
-    P = q k^T * D,    M = k k^T * D below the diagonal,    A = (I + beta M)^-1,
-    u = A beta (v - (k * before) S),    o = scale (P u + (q * before) S),    S <- whole S + (k * after)^T u.
+    P = q k^T * D,    M = k k^T * D below the diagonal,    A = (I + M beta)^-1,    y = A (v - (k * before) S),
+    o = scale (P beta y + (q * before) S),    S <- whole S + (k * after)^T beta y.
 
-A step first makes P and A of its chunks, and then takes the state from chunk to chunk, some heads side by side. A is
-made by block doubling (`_inverse`): no power of M appears, which would be huge where keys are alike. Products with A
-and with the state are of float32, or of up to three of bfloat16 (`fine_dot`), since what one token gets wrong the next
-ones correct, wrongly; only the scores are rounded to the dtype of the inputs.
+beta y are the corrections of the values. A step first makes P beta and A of its chunks (`_ready`), and then takes the
+state from chunk to chunk (`_carry`) in transposed products, S^T, y^T and o^T: beta and the gates of tokens run along
+the lanes everywhere, where a factor of each is free, and no product's left side has to be turned. Several heads go side
+by side, one's products filling the time that another's take.
+
+A is made by substitution in small blocks, and by block doubling from these on (`_inverses`): no power of M appears,
+which would be huge where keys are alike. Products with A and with the state are of float32, or of up to three of
+bfloat16 (`fine_dot`), since what one token gets wrong the next ones correct, wrongly; only the scores are rounded to
+the dtype of the inputs.
 """
 
 from __future__ import annotations
@@ -190,26 +195,26 @@ def _carry(of_head: list[dict[str, Any]], c: Any, C: int, kinds: Kinds, scale: f
         of_head[i]["S"][...] = times(S[i], g[i].whole) + added[i]
 
 
-def fine_dot(a: Any, b: Any, contract: str, dtype: Any) -> jax.Array:
+def fine_dot(a: jax.Array, b: jax.Array, contract: str, dtype: Any) -> jax.Array:
     """A product of float32 matrices, in full; beside inputs of 16 bits in three products of these: to 2^-16.
 
     Args:
-      a: a matrix, or its `parts`.
-      b: a matrix, or its `parts`.
+      a: a matrix.
+      b: a matrix.
       contract: as of `dot`.
       dtype: of the inputs.
     """
     if dtype != jnp.bfloat16:
         return dot(a, b, contract, jnp.float32)
-    a, b = (x if isinstance(x, tuple) else parts(x, dtype) for x in (a, b))
-    pairs = [(a[0], b[0]), *((x, b[0]) for x in a[1:]), *((a[0], x) for x in b[1:])]
+    (a, *a_low), (b, *b_low) = (_parts(x, dtype) for x in (a, b))
+    pairs = [(a, b), *((low, b) for low in a_low), *((a, low) for low in b_low)]
     # The sum over the products is one over a longer axis: a matrix unit that is large enough adds, too.
     axes = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}[contract]
     longer = [jnp.concatenate(xs, axis=axis) for xs, axis in zip(zip(*pairs, strict=True), axes, strict=True)]
     return dot(*longer, contract, dtype)
 
 
-def parts(x: jax.Array, dtype: Any) -> tuple[jax.Array, ...]:
+def _parts(x: jax.Array, dtype: Any) -> tuple[jax.Array, ...]:
     """A matrix rounded to bfloat16 and, if that is not all of it, what is left."""
     if x.dtype == dtype:
         return (x,)
@@ -252,11 +257,11 @@ def _half_dot(a: jax.Array, b: jax.Array, half: int, which: int, dtype: Any) -> 
 
     if dtype != jnp.bfloat16:
         return dot(a, _joined(b, b, half), "nn", jnp.float32)
-    high, low = (x.astype(jnp.float32) for x in parts(a, dtype))
+    high, low = (x.astype(jnp.float32) for x in _parts(a, dtype))
     shift = half if which == 0 else a.shape[1] - half
     both = (high + pltpu.roll(low, shift, 1)).astype(dtype)
     left = jnp.concatenate([both, high.astype(dtype)], axis=1)
-    right = jnp.concatenate([_joined(x, x, half) for x in parts(b, dtype)], axis=0)
+    right = jnp.concatenate([_joined(x, x, half) for x in _parts(b, dtype)], axis=0)
     return dot(left, right, "nn", dtype)
 
 
@@ -281,11 +286,11 @@ def _substituted(matrices: list[jax.Array]) -> list[jax.Array]:
     C = matrices[0].shape[0]
     row, lane = (lax.broadcasted_iota(jnp.int32, (_BASE, LANES), axis) for axis in (0, 1))
     first = lane & -_BASE
-    parts = range(0, C, LANES)
+    starts = range(0, C, LANES)
     # Block by block side by side along the lanes.
-    own = [jnp.zeros((_BASE, LANES), jnp.float32) for _ in matrices for _ in parts]
+    own = [jnp.zeros((_BASE, LANES), jnp.float32) for _ in matrices for _ in starts]
     for i in range(0, LANES, _BASE):
-        pieces = [L[at + i : at + i + _BASE, at : at + LANES] for L in matrices for at in parts]
+        pieces = [L[at + i : at + i + _BASE, at : at + LANES] for L in matrices for at in starts]
         own = [jnp.where(first == i, piece, x) for piece, x in zip(pieces, own, strict=True)]
     found = [jnp.where(row == lane - first, 1.0, 0.0) for _ in own]
     for j in range(_BASE - 1):
@@ -295,9 +300,9 @@ def _substituted(matrices: list[jax.Array]) -> list[jax.Array]:
         factors = [jnp.take_along_axis(x[done:], first[done:] + j, axis=1) for x in own]
         later = [x[done:] - factor * x[j : j + 1] for x, factor in zip(found, factors, strict=True)]
         found = [jnp.concatenate([x[:done], y], axis=0) if done else y for x, y in zip(found, later, strict=True)]
-    wide = []
+    rows = []
     for n, x in enumerate(found):
-        at = n % len(parts)
         part = jnp.concatenate([jnp.where(first == i, x, 0.0) for i in range(0, LANES, _BASE)], axis=0)
-        wide.append(jnp.concatenate([part if at == i else jnp.zeros_like(part) for i in range(len(parts))], axis=1))
-    return [jnp.concatenate(wide[i : i + len(parts)], axis=0) for i in range(0, len(wide), len(parts))]
+        none = jnp.zeros_like(part)
+        rows.append(jnp.concatenate([part if n % len(starts) == i else none for i in range(len(starts))], axis=1))
+    return [jnp.concatenate(rows[i : i + len(starts)], axis=0) for i in range(0, len(rows), len(starts))]

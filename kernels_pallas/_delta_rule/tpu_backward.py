@@ -1,13 +1,14 @@
 """The delta rule backward on TPU: two Pallas Mosaic kernels.
 
 The first goes forward (`tpu.sweep`) and writes of every chunk the state before it, S, and its UT transform, A. The
-second goes back over the chunks with the cotangent of the state in VMEM, dS. In the notation of `tpu`, with the error
-e = v - (k * before) S, the scale in q and P, and products with D understood, of a chunk
+second goes back over the chunks with the cotangent of the state in VMEM, dS, several heads side by side. In the
+notation of `tpu`, with y = A (v - (k * before) S) and u = beta y, the scale in q and P, and products with D understood,
+of a chunk
 
-    du = P^T do + (k * after) dS,    r = A^T du,    dv = beta r,    dL = -r u^T below the diagonal,
+    du = P^T do + (k * after) dS,    dv = A^T beta du,    dL = -dv y^T below the diagonal, the cotangent of L = M beta,
     dq = before * (do S^T) + (do u^T) k,
-    dk = -before * (dv S^T) + after * (u dS^T) + (do u^T)^T q + (beta dL) k + (beta dL)^T k,
-    dbeta = r . e + rows of dL * M,    dS <- whole dS + (q * before)^T do - (k * before)^T dv.
+    dk = -before * (dv S^T) + after * (u dS^T) + (do u^T)^T q + (dL beta) k + (dL beta)^T k,
+    dbeta = rows of du * y + columns of dL * M,    dS <- whole dS + (q * before)^T do - (k * before)^T dv.
 
 What becomes of the cotangents of decays is said in `linear_attention`'s backward kernels, which do the same.
 """
