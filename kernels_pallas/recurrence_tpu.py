@@ -9,7 +9,7 @@ its start to a token, from a token to its end, and over all of it. They hold the
 belong to the segment that the state comes from, or goes to.
 
 Decays are in base 2, so that exp2 replaces exp. Those of tokens are summed by XLA in two parts (`recurrence`), which
-come in as lines of an array [8, C], along the lanes; one transpose in the kernel gives the columns. Those of key
+come in as lines of an array [8, C], along the lanes; a kernel transposes what it needs as columns. Those of key
 channels are summed in the kernel by doubling (`channel_gates`): every sum has terms of one sign, and nothing cancels.
 """
 
@@ -229,6 +229,19 @@ def read_gates(inputs: dict[str, Any], c: Any, kinds: Kinds, C: int) -> Gates:
     return token_gates(lines, decays=kinds.gate == "token", segments=kinds.segments)
 
 
+def line(lines: Any, c: Any, which: int) -> jax.Array:
+    """One of the lines of chunk c of a step, [1, C]."""
+    return lines[c][which : which + 1]
+
+
+def row_gates(inputs: dict[str, Any], c: Any, kinds: Kinds) -> Gates:
+    """`Gates` of tokens along the lanes, [1, C] and [1, 1], without those between tokens."""
+    if kinds.gate == "none" and not kinds.segments:
+        return Gates(None)
+    before, after, whole = (line(inputs["lines"], c, which) for which in (_BEFORE, _AFTER, _WHOLE))
+    return Gates(None, before, after, whole[:, :1])
+
+
 # --- What a chunk knows, inside a kernel. -----------------------------------------------------------------------------
 
 
@@ -276,18 +289,24 @@ def head_gates(log_decay: jax.Array, C: int, tokens: Any) -> Gates:
 def token_gates(lines: jax.Array, *, decays: bool, segments: bool) -> Gates:
     """The gates of a chunk from its lines [8, C]."""
     C = lines.shape[1]
-    columns = jnp.transpose(lines)  # [C, 8]
     row, column = iotas(C)
     keep = row >= column
     if segments:
-        keep = keep & (columns[:, _SEGMENT : _SEGMENT + 1] == lines[_SEGMENT : _SEGMENT + 1])
+        keep = keep & (as_column(lines, _SEGMENT, C) == lines[_SEGMENT : _SEGMENT + 1])
     if decays:
-        parts = [columns[:, at : at + 1] - lines[at : at + 1] for at in (_COARSE, _REST)]
+        parts = [as_column(lines, at, C) - lines[at : at + 1] for at in (_COARSE, _REST)]
         between = jnp.exp2(jnp.where(keep, parts[0] + parts[1], -jnp.inf))
     else:
         between = jnp.where(keep, 1.0, 0.0)
-    spread = lambda at: jnp.broadcast_to(columns[:, at : at + 1], (C, LANES))  # noqa: E731
-    return Gates(between, spread(_BEFORE), spread(_AFTER), lines[_WHOLE : _WHOLE + 1, :1])
+    return Gates(between, as_column(lines, _BEFORE), as_column(lines, _AFTER), lines[_WHOLE : _WHOLE + 1, :1])
+
+
+def as_column(lines: jax.Array, which: int, wide: int = LANES) -> jax.Array:
+    """One of the lines of a chunk as a column [C, wide], lanes equal.
+
+    A whole matrix is transposed, which costs a TPU less than to spread a column over the lanes.
+    """
+    return jnp.transpose(jnp.broadcast_to(lines[which : which + 1], (wide, lines.shape[1])))
 
 
 def times(x: jax.Array, decay: jax.Array | None) -> jax.Array:
@@ -468,6 +487,5 @@ def dot(a: jax.Array, b: jax.Array, contract: str, dtype: Any) -> jax.Array:
 
 
 def sums_along_lanes(x: jax.Array) -> jax.Array:
-    """Sums of the rows of x [C, D], as a row [1, C]: a product with ones, cheaper than to turn a column."""
-    ones = jnp.ones((8, x.shape[1]), jnp.float32)
-    return dot(ones, x, "nt", jnp.float32)[:1]
+    """Sums of the rows of x [C, D], as a row [1, C]: of the columns of x transposed, cheaper than to turn a column."""
+    return jnp.sum(jnp.transpose(x), axis=0, keepdims=True)

@@ -2,13 +2,18 @@
 
 Grid (batch, heads, step), see `recurrence_tpu`. Of a chunk, with S the state before it and D the decays inside it,
 
-    P = q k^T * D,    M = k k^T * D below the diagonal,    A = (I + beta M)^-1,
-    u = A beta (v - (k * before) S),    o = scale (P u + (q * before) S),    S <- whole S + (k * after)^T u.
+    P = q k^T * D,    M = k k^T * D below the diagonal,    A = (I + M beta)^-1,    y = A (v - (k * before) S),
+    o = scale (P beta y + (q * before) S),    S <- whole S + (k * after)^T beta y.
 
-A step first makes P and A of its chunks, and then takes the state from chunk to chunk, some heads side by side. A is
-made by block doubling (`_inverse`): no power of M appears, which would be huge where keys are alike. Products with A
-and with the state are of float32, or of up to three of bfloat16 (`fine_dot`), since what one token gets wrong the next
-ones correct, wrongly; only the scores are rounded to the dtype of the inputs.
+beta y are the corrections of the values. A step first makes P beta and A of its chunks (`_ready`), and then takes the
+state from chunk to chunk (`_carry`) in transposed products, S^T, y^T and o^T: beta and the gates of tokens run along
+the lanes everywhere, where a factor of each is free, and no product's left side has to be turned. Several heads go side
+by side, one's products filling the time that another's take.
+
+A is made by substitution in small blocks, and by block doubling from these on (`_inverses`): no power of M appears,
+which would be huge where keys are alike. Products with A and with the state are of float32, or of up to three of
+bfloat16 (`fine_dot`), since what one token gets wrong the next ones correct, wrongly; only the scores are rounded to
+the dtype of the inputs.
 """
 
 from __future__ import annotations
@@ -18,12 +23,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas import dispatch, recurrence_tpu
 from kernels_pallas._delta_rule import limits
 from kernels_pallas._delta_rule.config import Config, Operands, gate
 from kernels_pallas.recurrence_tpu import BETA, LANES, Gates, Kinds, Plan, dot, times
+
+# Tokens of the diagonal blocks that are inverted by substitution.
+_BASE = 16
 
 
 def forward(config: Config, operands: Operands, *, interpret: Any = False) -> tuple[jax.Array, jax.Array]:
@@ -121,15 +130,13 @@ def _kernel(*refs: Any, scale: float, plan: Plan, kinds: Kinds, names: tuple[str
         arrays["S"][...] = arrays["state"][...]
 
     def ready(c: Any) -> None:
-        for own in of_head:
-            _ready(own, c, plan.chunk, kinds)
+        _ready(of_head, c, plan.chunk, kinds)
 
     def carry(c: Any) -> None:
-        for own in of_head:
-            _carry(own, c, plan.chunk, kinds, scale)
+        _carry(of_head, c, plan.chunk, kinds, scale)
 
     recurrence_tpu.loop(plan.chunks, 1, ready)
-    recurrence_tpu.loop(plan.chunks, 2, carry)
+    recurrence_tpu.loop(plan.chunks, 1, carry)
 
     if "last_state" in arrays:
 
@@ -138,92 +145,164 @@ def _kernel(*refs: Any, scale: float, plan: Plan, kinds: Kinds, names: tuple[str
             arrays["last_state"][...] = arrays["S"][...]
 
 
-def _ready(arrays: dict[str, Any], c: Any, C: int, kinds: Kinds) -> None:
+def _ready(of_head: list[dict[str, Any]], c: Any, C: int, kinds: Kinds) -> None:
     """What of a chunk needs no state."""
-    g, beta = recurrence_tpu.read_gates(arrays, c, kinds, C), beta_of(arrays, c)
-    k = recurrence_tpu.rows(arrays["k"], c, C)
-    dtype = k.dtype
-    if "scores" in arrays:
-        q = recurrence_tpu.rows(arrays["q"], c, C)
-        arrays["scores"][c] = recurrence_tpu.scores(q, k, g, dtype).astype(dtype)
-    row, column = recurrence_tpu.iotas(C)
-    M = jnp.where(row > column, recurrence_tpu.scores(k, k, g, dtype), 0.0)
-    arrays["inverses"][c] = _inverse(times(M, beta), dtype)
-    if kinds.gate == "channel":
-        arrays["before"][c], arrays["after"][c] = g.before, g.after
-        arrays["whole"][c] = jnp.broadcast_to(g.whole, arrays["whole"].shape[1:])
+    matrices = []
+    for arrays in of_head:
+        g, beta = recurrence_tpu.read_gates(arrays, c, kinds, C), recurrence_tpu.line(arrays["lines"], c, BETA)
+        k = recurrence_tpu.rows(arrays["k"], c, C)
+        dtype = k.dtype
+        if "scores" in arrays:
+            q = recurrence_tpu.rows(arrays["q"], c, C)
+            arrays["scores"][c] = (recurrence_tpu.scores(q, k, g, dtype) * beta).astype(dtype)
+        row, column = recurrence_tpu.iotas(C)
+        matrices.append(jnp.where(row > column, recurrence_tpu.scores(k, k, g, dtype), 0.0) * beta)
+        if kinds.gate == "channel":
+            arrays["before"][c], arrays["after"][c] = g.before, g.after
+            arrays["whole"][c] = jnp.broadcast_to(g.whole, arrays["whole"].shape[1:])
+    for arrays, A in zip(of_head, _inverses(matrices, dtype), strict=True):
+        arrays["inverses"][c] = A
 
 
-def _carry(arrays: dict[str, Any], c: Any, C: int, kinds: Kinds, scale: float) -> None:
-    """The output of a chunk, and the state behind it."""
-    q, k, v = (recurrence_tpu.rows(arrays[name], c, C) for name in "qkv")
-    dtype, S = q.dtype, arrays["S"][...]
+def _carry(of_head: list[dict[str, Any]], c: Any, C: int, kinds: Kinds, scale: float) -> None:
+    """The output of a chunk, and the state behind it: transposed, so that gates of tokens run along the lanes."""
+    n = range(len(of_head))
+    q, k, v = ([recurrence_tpu.rows(arrays[name], c, C) for arrays in of_head] for name in "qkv")
+    dtype, S = q[0].dtype, [arrays["S"][...] for arrays in of_head]
+    beta = [recurrence_tpu.line(arrays["lines"], c, BETA) for arrays in of_head]
+    if "states" in of_head[0]:
+        for i in n:
+            of_head[i]["states"][c] = S[i]
     if kinds.gate == "channel":
-        g = Gates(None, arrays["before"][c], arrays["after"][c], arrays["whole"][c][:1], ())
+        g = [Gates(None, x["before"][c], x["after"][c], x["whole"][c][:1]) for x in of_head]
+        reads = lambda x: [fine_dot(S[i], times(x[i], g[i].before), "nt", dtype) for i in n]  # noqa: E731
     else:
-        g = recurrence_tpu.read_gates(arrays, c, kinds, C)
-    if "states" in arrays:
-        arrays["states"][c] = S
-    _, u = corrections(k, v, S, arrays["inverses"][c], g, beta_of(arrays, c), dtype)
-    if "o" in arrays:
-        o = dot(arrays["scores"][c], u, "nn", dtype)
-        if g.levels is None:
-            # One factor a row is applied behind the product, where it rounds nothing.
-            o = o + times(fine_dot(q, S, "nt", dtype), g.before)
-        else:
-            o = o + fine_dot(times(q, g.before), S, "nt", dtype)
+        g = [recurrence_tpu.row_gates(arrays, c, kinds) for arrays in of_head]
+        reads = lambda x: [times(fine_dot(S[i], x[i], "nt", dtype), g[i].before) for i in n]  # noqa: E731
+    error = [jnp.transpose(v[i]).astype(jnp.float32) - seen for i, seen in enumerate(reads(k))]
+    y = [fine_dot(error[i], of_head[i]["inverses"][c], "nt", dtype) for i in n]
+    if "o" in of_head[0]:
+        o = [x + dot(y[i], of_head[i]["scores"][c], "nt", dtype) for i, x in enumerate(reads(q))]
         at = pl.ds(recurrence_tpu.multiple_of(c * C, C), C)
-        arrays["o"][at, :] = (scale * o).astype(dtype)
+        for i in n:
+            of_head[i]["o"][at, :] = jnp.transpose((scale * o[i]).astype(dtype))
     # Errors of the state come back in what later tokens correct: it is added to in full.
-    if g.levels is None:
-        added = fine_dot(times(u, g.after), k, "tn", dtype)
+    if kinds.gate == "channel":
+        added = [fine_dot(y[i] * beta[i], times(k[i], g[i].after), "nn", dtype) for i in n]
     else:
-        added = fine_dot(u, times(k, g.after), "tn", dtype)
-    arrays["S"][...] = times(S, g.whole) + added
-
-
-def beta_of(arrays: dict[str, Any], c: Any) -> jax.Array:
-    """beta of a chunk, [C, 128], lanes equal."""
-    columns = jnp.transpose(arrays["lines"][c])
-    return jnp.broadcast_to(columns[:, BETA : BETA + 1], (columns.shape[0], LANES))
-
-
-def corrections(
-    k: jax.Array, v: jax.Array, S: jax.Array, A: jax.Array, g: Gates, beta: jax.Array, dtype: Any
-) -> tuple[jax.Array, jax.Array]:
-    """The errors v - (k * before) S, and u, of a chunk; both float32 [C, V]."""
-    if g.levels is None:
-        seen = times(fine_dot(k, S, "nt", dtype), g.before)
-    else:
-        seen = fine_dot(times(k, g.before), S, "nt", dtype)
-    error = v.astype(jnp.float32) - seen
-    return error, fine_dot(A, times(error, beta), "nn", dtype)
+        added = [fine_dot(times(y[i] * beta[i], g[i].after), k[i], "nn", dtype) for i in n]
+    for i in n:
+        of_head[i]["S"][...] = times(S[i], g[i].whole) + added[i]
 
 
 def fine_dot(a: jax.Array, b: jax.Array, contract: str, dtype: Any) -> jax.Array:
-    """A product of float32 matrices, in full; beside inputs of 16 bits in three products of these: to 2^-16."""
+    """A product of float32 matrices, in full; beside inputs of 16 bits in three products of these: to 2^-16.
+
+    Args:
+      a: a matrix.
+      b: a matrix.
+      contract: as of `dot`.
+      dtype: of the inputs.
+    """
     if dtype != jnp.bfloat16:
         return dot(a, b, contract, jnp.float32)
-    high = [x.astype(dtype) for x in (a, b)]
-    low = [None if x.dtype == dtype else x - y.astype(jnp.float32) for x, y in zip((a, b), high, strict=True)]
-    total = dot(high[0], high[1], contract, dtype)
-    if low[0] is not None:
-        total = total + dot(low[0], high[1], contract, dtype)
-    if low[1] is not None:
-        total = total + dot(high[0], low[1], contract, dtype)
-    return total
+    (a, *a_low), (b, *b_low) = (_parts(x, dtype) for x in (a, b))
+    pairs = [(a, b), *((low, b) for low in a_low), *((a, low) for low in b_low)]
+    # The sum over the products is one over a longer axis: a matrix unit that is large enough adds, too.
+    axes = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}[contract]
+    longer = [jnp.concatenate(xs, axis=axis) for xs, axis in zip(zip(*pairs, strict=True), axes, strict=True)]
+    return dot(*longer, contract, dtype)
 
 
-def _inverse(L: jax.Array, dtype: Any) -> jax.Array:
-    """(I + L)^-1 of L strictly lower triangular [C, C], by block doubling.
+def _parts(x: jax.Array, dtype: Any) -> tuple[jax.Array, ...]:
+    """A matrix rounded to bfloat16 and, if that is not all of it, what is left."""
+    if x.dtype == dtype:
+        return (x,)
+    high = x.astype(dtype)
+    return high, (x - high.astype(jnp.float32)).astype(dtype)
 
-    Where X holds the inverses of diagonal blocks, X - X L' X holds those of twice the size, with L' the part of L
-    between the two halves of each. Every step multiplies whole matrices.
+
+def _inverses(matrices: list[jax.Array], dtype: Any) -> list[jax.Array]:
+    """(I + L)^-1 of every L strictly lower triangular [C, C].
+
+    Diagonal blocks of `_BASE` are inverted by forward substitution, all side by side. With the inverses X11 and X22 of
+    two neighbouring ones, the rest of the inverse of both is -X22 L21 X11: of all pairs at once by products whose rows
+    are those of the second blocks alone.
     """
-    row, column = recurrence_tpu.iotas(L.shape[0])
-    # The first step starts from the identity.
-    X = jnp.where(row == column, 1.0, jnp.where(recurrence_tpu.across(row, column, 0), -L, 0.0))
-    for level in range(1, L.shape[0].bit_length() - 1):
-        between = jnp.where(recurrence_tpu.across(row, column, level), L, 0.0)
-        X = X - fine_dot(X, fine_dot(between, X, "nn", dtype), "nn", dtype)
-    return X
+    C = matrices[0].shape[0]
+    found = _substituted(matrices)
+    half = _BASE
+    while half < C:
+        row, column = (lax.broadcasted_iota(jnp.int32, (C // 2, C), axis) for axis in (0, 1))
+        across = (column & -half) == 2 * (row & -half)
+        between = [jnp.where(across, _second(L, half), 0.0) for L in matrices]
+        corner = [_half_dot(L, _first(X, half), half, 0, dtype) for L, X in zip(between, found, strict=True)]
+        corner = [_half_dot(_second(X, half), T, half, 1, dtype) for X, T in zip(found, corner, strict=True)]
+        found = [_joined(_first(X, half), _second(X, half) - T, half) for X, T in zip(found, corner, strict=True)]
+        half *= 2
+    return found
+
+
+def _half_dot(a: jax.Array, b: jax.Array, half: int, which: int, dtype: Any) -> jax.Array:
+    """The product of a [C / 2, C] and b [C / 2, C], whose rows stand for one half of every block of a's columns.
+
+    Args:
+      a: 0 in the columns of the other halves, where it has room for what rounding to 16 bits leaves.
+      b: the rows of one half of every block.
+      half: the length of half a block.
+      which: the half, 0 for the first, 1 for the second.
+      dtype: of the inputs of the kernel.
+    """
+    from jax.experimental.pallas import tpu as pltpu
+
+    if dtype != jnp.bfloat16:
+        return dot(a, _joined(b, b, half), "nn", jnp.float32)
+    high, low = (x.astype(jnp.float32) for x in _parts(a, dtype))
+    shift = half if which == 0 else a.shape[1] - half
+    both = (high + pltpu.roll(low, shift, 1)).astype(dtype)
+    left = jnp.concatenate([both, high.astype(dtype)], axis=1)
+    right = jnp.concatenate([_joined(x, x, half) for x in _parts(b, dtype)], axis=0)
+    return dot(left, right, "nn", dtype)
+
+
+def _first(x: jax.Array, half: int) -> jax.Array:
+    """The rows of the first half of every block."""
+    return jnp.concatenate([x[i : i + half] for i in range(0, x.shape[0], 2 * half)], axis=0)
+
+
+def _second(x: jax.Array, half: int) -> jax.Array:
+    """The rows of the second half of every block."""
+    return jnp.concatenate([x[i : i + half] for i in range(half, x.shape[0], 2 * half)], axis=0)
+
+
+def _joined(first: jax.Array, second: jax.Array, half: int) -> jax.Array:
+    """The rows of both halves of every block."""
+    at = range(0, first.shape[0], half)
+    return jnp.concatenate([x[i : i + half] for i in at for x in (first, second)], axis=0)
+
+
+def _substituted(matrices: list[jax.Array]) -> list[jax.Array]:
+    """The inverses of the diagonal blocks of every I + L, L strictly lower triangular [C, C]; 0 beside the blocks."""
+    C = matrices[0].shape[0]
+    row, lane = (lax.broadcasted_iota(jnp.int32, (_BASE, LANES), axis) for axis in (0, 1))
+    first = lane & -_BASE
+    starts = range(0, C, LANES)
+    # Block by block side by side along the lanes.
+    own = [jnp.zeros((_BASE, LANES), jnp.float32) for _ in matrices for _ in starts]
+    for i in range(0, LANES, _BASE):
+        pieces = [L[at + i : at + i + _BASE, at : at + LANES] for L in matrices for at in starts]
+        own = [jnp.where(first == i, piece, x) for piece, x in zip(pieces, own, strict=True)]
+    found = [jnp.where(row == lane - first, 1.0, 0.0) for _ in own]
+    for j in range(_BASE - 1):
+        # Rows of eight that lie before row j + 1 are done.
+        done = (j + 1) // 8 * 8
+        # Column j of every block, in all of its lanes.
+        factors = [jnp.take_along_axis(x[done:], first[done:] + j, axis=1) for x in own]
+        later = [x[done:] - factor * x[j : j + 1] for x, factor in zip(found, factors, strict=True)]
+        found = [jnp.concatenate([x[:done], y], axis=0) if done else y for x, y in zip(found, later, strict=True)]
+    rows = []
+    for n, x in enumerate(found):
+        part = jnp.concatenate([jnp.where(first == i, x, 0.0) for i in range(0, LANES, _BASE)], axis=0)
+        none = jnp.zeros_like(part)
+        rows.append(jnp.concatenate([part if n % len(starts) == i else none for i in range(len(starts))], axis=1))
+    return [jnp.concatenate(rows[i : i + len(starts)], axis=0) for i in range(0, len(rows), len(starts))]

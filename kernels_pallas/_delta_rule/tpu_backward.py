@@ -1,13 +1,14 @@
 """The delta rule backward on TPU: two Pallas Mosaic kernels.
 
 The first goes forward (`tpu.sweep`) and writes of every chunk the state before it, S, and its UT transform, A. The
-second goes back over the chunks with the cotangent of the state in VMEM, dS. In the notation of `tpu`, with the error
-e = v - (k * before) S, the scale in q and P, and products with D understood, of a chunk
+second goes back over the chunks with the cotangent of the state in VMEM, dS, several heads side by side. In the
+notation of `tpu`, with y = A (v - (k * before) S) and u = beta y, the scale in q and P, and products with D understood,
+of a chunk
 
-    du = P^T do + (k * after) dS,    r = A^T du,    dv = beta r,    dL = -r u^T below the diagonal,
+    du = P^T do + (k * after) dS,    dv = A^T beta du,    dL = -dv y^T below the diagonal, the cotangent of L = M beta,
     dq = before * (do S^T) + (do u^T) k,
-    dk = -before * (dv S^T) + after * (u dS^T) + (do u^T)^T q + (beta dL) k + (beta dL)^T k,
-    dbeta = r . e + rows of dL * M,    dS <- whole dS + (q * before)^T do - (k * before)^T dv.
+    dk = -before * (dv S^T) + after * (u dS^T) + (do u^T)^T q + (dL beta) k + (dL beta)^T k,
+    dbeta = rows of du * y + columns of dL * M,    dS <- whole dS + (q * before)^T do - (k * before)^T dv.
 
 What becomes of the cotangents of decays is said in `linear_attention`'s backward kernels, which do the same.
 """
@@ -24,8 +25,8 @@ from jax.experimental import pallas as pl
 from kernels_pallas import dispatch, recurrence_tpu
 from kernels_pallas._delta_rule import limits
 from kernels_pallas._delta_rule.config import Config, Operands, gate
-from kernels_pallas._delta_rule.tpu import beta_of, corrections, fine_dot, prepare, sweep
-from kernels_pallas.recurrence_tpu import Kinds, Plan, dot, times
+from kernels_pallas._delta_rule.tpu import fine_dot, prepare, sweep
+from kernels_pallas.recurrence_tpu import BETA, Kinds, Plan, dot, times
 
 # The line of a chunk's cotangents that holds those of beta, behind the four of decays.
 _BETA = 4
@@ -59,7 +60,8 @@ def _backward(config: Config, operands: Operands, do: Any, dstate: Any, interpre
         "inverses": dispatch.output((*lead, plan.chunk, plan.chunk), jnp.float32),
         "states": dispatch.output((*lead, *state.shape[2:]), jnp.float32),
     }
-    arrays = sweep(inputs | {"state": state}, kept, config, kinds, plan, heads, interpret)
+    forward_heads = limits.states_heads(operands, plan, heads)
+    arrays = sweep(inputs | {"state": state}, kept, config, kinds, plan, forward_heads, interpret)
     inputs |= dict(zip(kept, arrays, strict=True))
     inputs |= {
         "do": recurrence_tpu.heads_first(do.astype(operands.q.dtype), plan),
@@ -121,8 +123,7 @@ def _kernel(*refs: Any, scale: float, plan: Plan, kinds: Kinds, names: tuple[str
         arrays["dS"][...] = arrays["dstate"][...]
 
     def back(c: Any) -> None:
-        for own in of_head:
-            _chunk(own, plan.chunks - 1 - c, plan.chunk, kinds, scale)
+        _chunk(of_head, plan.chunks - 1 - c, plan.chunk, kinds, scale)
 
     recurrence_tpu.loop(plan.chunks, 1, back)
 
@@ -131,44 +132,60 @@ def _kernel(*refs: Any, scale: float, plan: Plan, kinds: Kinds, names: tuple[str
         arrays["initial_state"][...] = arrays["dS"][...]
 
 
-def _chunk(arrays: dict[str, Any], c: Any, C: int, kinds: Kinds, scale: float) -> None:
-    g, beta = recurrence_tpu.read_gates(arrays, c, kinds, C), beta_of(arrays, c)
-    q, k, v, do = (recurrence_tpu.rows(arrays[name], c, C) for name in ("q", "k", "v", "do"))
-    dtype, S, A, dS = q.dtype, arrays["states"][c], arrays["inverses"][c], arrays["dS"][...]
+def _chunk(of_head: list[dict[str, Any]], c: Any, C: int, kinds: Kinds, scale: float) -> None:
+    """The cotangents of a chunk, and that of the state before it."""
+    n = range(len(of_head))
+    g = [recurrence_tpu.read_gates(arrays, c, kinds, C) for arrays in of_head]
+    beta = [recurrence_tpu.as_column(arrays["lines"][c], BETA) for arrays in of_head]
+    q, k, v, do = ([recurrence_tpu.rows(x[name], c, C) for x in of_head] for name in ("q", "k", "v", "do"))
+    dtype, channels = q[0].dtype, kinds.gate == "channel"
+    S, A, dS = [x["states"][c] for x in of_head], [x["inverses"][c] for x in of_head], [x["dS"][...] for x in of_head]
     row, column = recurrence_tpu.iotas(C)
     below = lambda x: jnp.where(row > column, x, 0.0)  # noqa: E731
 
-    P = scale * recurrence_tpu.scores(q, k, g, dtype)
-    M = below(recurrence_tpu.scores(k, k, g, dtype))
-    error, u = corrections(k, v, S, A, g, beta, dtype)
-    du = dot(P, do, "tn", dtype) + fine_dot(times(k, g.after), dS, "nt", dtype)
-    r = fine_dot(A, du, "tn", dtype)
-    dv = times(r, beta)
-    dL = -below(fine_dot(r, u, "nt", dtype))
-    dP = jnp.where(row >= column, dot(do, u, "nt", dtype), 0.0)
+    def decayed(x: list, decay: list, states: list) -> list[jax.Array]:
+        # One factor a row is applied behind the product, where it rounds nothing.
+        if channels:
+            return [fine_dot(times(x[i], decay[i]), states[i], "nt", dtype) for i in n]
+        return [times(fine_dot(x[i], states[i], "nt", dtype), decay[i]) for i in n]
 
-    dM = times(dL, beta)
-    dq, dk, levels = recurrence_tpu.scores_cotangents(q, k, scale * dP, g, dtype)
-    first, second, more = recurrence_tpu.scores_cotangents(k, k, dM, g, dtype)
-    q_before = scale * times(dot(do, S, "nn", dtype), g.before)
-    k_before = -times(fine_dot(dv, S, "nn", dtype), g.before)
-    k_after = times(fine_dot(u, dS, "nn", dtype), g.after)
-    kept = times(dS, g.whole)
-    state = scale * dot(do, times(q, g.before), "tn", dtype) - fine_dot(dv, times(k, g.before), "tn", dtype)
-    arrays["dS"][...] = kept + state
+    before, after = [x.before for x in g], [x.after for x in g]
+    P = [scale * recurrence_tpu.scores(q[i], k[i], g[i], dtype) for i in n]
+    M = [below(recurrence_tpu.scores(k[i], k[i], g[i], dtype)) for i in n]
+    error = [v[i].astype(jnp.float32) - x for i, x in enumerate(decayed(k, before, S))]
+    y = [fine_dot(A[i], error[i], "nn", dtype) for i in n]
+    du = [dot(P[i], do[i], "tn", dtype) + x for i, x in enumerate(decayed(k, after, dS))]
+    u = [times(y[i], beta[i]) for i in n]
+    dv = [fine_dot(A[i], times(du[i], beta[i]), "tn", dtype) for i in n]
+    dP = [jnp.where(row >= column, dot(do[i], u[i], "nt", dtype), 0.0) for i in n]
+    dL = [-below(fine_dot(dv[i], y[i], "nt", dtype)) for i in n]
+    dM = [dL[i] * recurrence_tpu.line(of_head[i]["lines"], c, BETA) for i in n]
 
+    of_q = [recurrence_tpu.scores_cotangents(q[i], k[i], scale * dP[i], g[i], dtype) for i in n]
+    of_k = [recurrence_tpu.scores_cotangents(k[i], k[i], dM[i], g[i], dtype) for i in n]
+    q_before = [scale * times(dot(do[i], S[i], "nn", dtype), before[i]) for i in n]
+    k_before = [-times(fine_dot(dv[i], S[i], "nn", dtype), before[i]) for i in n]
+    k_after = [times(fine_dot(u[i], dS[i], "nn", dtype), after[i]) for i in n]
+    if channels:
+        seen = [fine_dot(dv[i], times(k[i], before[i]), "tn", dtype) for i in n]
+    else:
+        seen = [fine_dot(times(dv[i], before[i]), k[i], "tn", dtype) for i in n]
+    kept = [times(dS[i], g[i].whole) for i in n]
     at = pl.ds(recurrence_tpu.multiple_of(c * C, C), C)
-    arrays["dq"][at, :] = (dq + q_before).astype(dtype)
-    arrays["dk"][at, :] = (dk + first + second + k_before + k_after).astype(dtype)
-    arrays["dv"][at, :] = dv.astype(dtype)
-    q, k = q.astype(jnp.float32), k.astype(jnp.float32)
-    before, after = q * q_before + k * k_before, k * k_after
-    # What a token has to do with itself does not decay.
-    between = below(dP * P) + dM * M if kinds.gate == "token" else jnp.zeros((C, C), jnp.float32)
-    lines = recurrence_tpu.cotangent_lines(between, before, after, kept * S)
-    dbeta = recurrence_tpu.sums_along_lanes(r * error) + recurrence_tpu.sums_along_lanes(dL * M)
-    arrays["dlines"][c] = jnp.concatenate([lines[:_BETA], dbeta, lines[_BETA + 1 :]], axis=0)
-    if kinds.gate == "channel":
-        both = [x + y for x, y in zip(levels, more, strict=True)]
-        whole = jnp.sum(kept * S, axis=0, keepdims=True)
-        arrays["dlog_decay"][at, :] = recurrence_tpu.channel_cotangent(both, before, after, whole)
+    for i, arrays in enumerate(of_head):
+        read = scale * dot(do[i], times(q[i], before[i]), "tn", dtype)
+        arrays["dS"][...] = kept[i] + read - seen[i]
+        arrays["dq"][at, :] = (of_q[i][0] + q_before[i]).astype(dtype)
+        arrays["dk"][at, :] = (of_q[i][1] + of_k[i][0] + of_k[i][1] + k_before[i] + k_after[i]).astype(dtype)
+        arrays["dv"][at, :] = dv[i].astype(dtype)
+        wide_q, wide_k = q[i].astype(jnp.float32), k[i].astype(jnp.float32)
+        to_before, to_after = wide_q * q_before[i] + wide_k * k_before[i], wide_k * k_after[i]
+        # What a token has to do with itself does not decay.
+        between = below(dP[i] * P[i]) + dM[i] * M[i] if kinds.gate == "token" else jnp.zeros((C, C), jnp.float32)
+        lines = recurrence_tpu.cotangent_lines(between, to_before, to_after, kept[i] * S[i])
+        dbeta = recurrence_tpu.sums_along_lanes(du[i] * y[i]) + jnp.sum(dL[i] * M[i], axis=0, keepdims=True)
+        arrays["dlines"][c] = jnp.concatenate([lines[:_BETA], dbeta, lines[_BETA + 1 :]], axis=0)
+        if channels:
+            both = [x + y for x, y in zip(of_q[i][2], of_k[i][2], strict=True)]
+            whole = jnp.sum(kept[i] * S[i], axis=0, keepdims=True)
+            arrays["dlog_decay"][at, :] = recurrence_tpu.channel_cotangent(both, to_before, to_after, whole)
