@@ -1,7 +1,7 @@
 """Chunk by chunk in plain JAX: linear time and memory, what CPUs and GPUs before Hopper run.
 
-Inside a chunk the output is a masked product, (q k^T * D) v, between chunks a state is carried. On a CPU one head after
-the other, since plain 2-D products are fast there and batched ones are not; elsewhere all heads at once.
+Inside a chunk the output is a masked product, (q k^T * D) v, between chunks a state is carried. On a CPU heads are gone
+through inside a chunk, since plain 2-D products are fast there and batched ones are not; elsewhere all at once.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from kernels_pallas._linear_attention.config import Config, Operands, gate
 from kernels_pallas.recurrence import cumulative_decay, pad_tokens
 
 _CHUNK = 64
+# Of a forward pass on a CPU, which arithmetic bounds: shorter chunks need less. A backward pass keeps a state a chunk.
+_CHUNK_FORWARD = 32
 # Tokens of a sub-block: decays that differ by channel are exponentiated pair by pair inside one.
 _SUB = 16
 
 
 class Lane(NamedTuple):
-    """One head of one row of the batch, or of a chunk of it; None for what was not given.
+    """One head of one row of the batch, or all heads, whose axis comes before the last; None for what was not given.
 
     Attributes:
       q: [..., C, K].
@@ -57,11 +59,68 @@ class Constant(NamedTuple):
     read: Any
 
 
+class Layout(NamedTuple):
+    """How heads are gone through.
+
+    Attributes:
+      lanes: runs a function of one lane over all of them: rows, or rows times heads.
+      heads: runs a function of one head over those of a lane.
+      inward: from the arrays of a chunk to what has the heads first, in the dtype of sums.
+      outward: from an array with the heads first to one with the tokens first, in a dtype.
+    """
+
+    lanes: Callable
+    heads: Callable
+    inward: Callable
+    outward: Callable
+
+
+def _layout(operands: Operands, sequential: bool) -> Layout:
+    dtype, H = operands.state.dtype, operands.q.shape[2]
+    if not sequential:
+        return Layout(
+            lambda run, *arguments: jax.vmap(run)(*arguments),
+            lambda run, *arguments: run(*arguments),
+            lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+            lambda x, to: x.astype(to),
+        )
+
+    def inward(x: jax.Array) -> jax.Array:
+        # Ids and counts are those of a row.
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        return jnp.swapaxes(x, 0, 1).astype(dtype) if floating else jnp.broadcast_to(x, (H, *x.shape))
+
+    return Layout(
+        lambda run, *arguments: jax.lax.map(lambda x: run(*x), arguments),
+        _over_heads,
+        inward,
+        lambda x, to: jnp.swapaxes(x, 0, 1).astype(to),
+    )
+
+
+def _over_heads(run: Callable, *arguments: Any) -> Any:
+    """Heads one after the other, some to a round of the loop: XLA for CPUs runs what does not depend side by side."""
+    H = jax.tree.leaves(arguments)[0].shape[0]
+    together = next(n for n in (4, 3, 2, 1) if H % n == 0)
+
+    def some(arguments: Any) -> Any:
+        results = [run(*jax.tree.map(lambda x, i=i: x[i], arguments)) for i in range(together)]
+        return jax.tree.map(lambda *x: jnp.stack(x), *results)
+
+    if together == H:
+        return some(arguments)
+    rounds = jax.tree.map(lambda x: x.reshape(H // together, together, *x.shape[1:]), arguments)
+    return jax.tree.map(lambda x: x.reshape(H, *x.shape[2:]), jax.lax.map(some, rounds))
+
+
 def forward(config: Config, operands: Operands, *, sequential: bool) -> tuple[jax.Array, jax.Array]:
     """Output [B, T, H, V] in the dtype of q, and the state after the last token [B, H, K, V]."""
-    run = partial(_lane_forward, config, _precision(operands))
-    o, state = _over_lanes(run, sequential, _lanes(config, operands), _constant(operands), _flat(operands.state))
-    return _tokens(o, operands, operands.q.dtype), state.reshape(operands.state.shape)
+    layout = _layout(operands, sequential)
+    run = partial(_lane_forward, layout, config, _precision(operands), operands.q.dtype)
+    C = chunk_size(config, operands.q.shape[1], _CHUNK_FORWARD if sequential else _CHUNK)
+    lanes, constant, state = _lanes(C, operands, sequential)
+    o, last = layout.lanes(run, lanes, constant, state)
+    return _tokens(o, operands, operands.q.dtype, sequential), last.reshape(operands.state.shape)
 
 
 def backward(
@@ -71,13 +130,15 @@ def backward(
 
     States at the ends of chunks are computed again, and the chunks are walked from the last to the first.
     """
-    run = partial(_lane_backward, config, _precision(operands))
-    dtype = operands.state.dtype
-    o_cotangent = _chunked(config, operands, o_cotangent.astype(dtype))
-    arguments = (_lanes(config, operands), _constant(operands), _flat(operands.state), o_cotangent)
-    lanes, constant, state = _over_lanes(run, sequential, *arguments, _flat(state_cotangent))
+    layout = _layout(operands, sequential)
+    run = partial(_lane_backward, layout, config, _precision(operands), operands)
+    C = chunk_size(config, operands.q.shape[1], _CHUNK)
+    o_cotangent = _chunked(C, o_cotangent, sequential)
+    state_cotangent = state_cotangent if sequential else _flat(state_cotangent)
+    arguments = (*_lanes(C, operands, sequential), o_cotangent, state_cotangent)
+    lanes, constant, state = layout.lanes(run, *arguments)
     q, k, v = (
-        _tokens(grad, operands, like.dtype)
+        _tokens(grad, operands, like.dtype, sequential)
         for grad, like in ((lanes.q, operands.q), (lanes.k, operands.k), (lanes.v, operands.v))
     )
     grads = (q, k, v, state.reshape(operands.state.shape))
@@ -85,10 +146,12 @@ def backward(
         return grads
     if gate(operands) == "head":
         return (*grads, constant.reshape(operands.log_decay.shape))
-    return (*grads, _tokens(lanes.log_decay, operands, operands.log_decay.dtype))
+    return (*grads, _tokens(lanes.log_decay, operands, operands.log_decay.dtype, sequential))
 
 
-# --- Lanes: a row and a head, cut into chunks. ------------------------------------------------------------------------
+# --- Lanes, cut into chunks. ------------------------------------------------------------------------------------------
+# A row and all its heads on CPUs, where copies of whole arrays with the heads first would cost as much as their
+# arithmetic; elsewhere a row and a head.
 
 
 def _precision(operands: Operands) -> jax.lax.Precision:
@@ -96,100 +159,117 @@ def _precision(operands: Operands) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT
 
 
-def chunk_size(config: Config, T: int) -> int:
+def chunk_size(config: Config, T: int, default: int) -> int:
     """Tokens a chunk: as asked for, else the default, but no longer than the sequence needs."""
     if config.chunk is not None:
         return config.chunk
-    return min(_CHUNK, max(_SUB, 1 << max(T - 1, 0).bit_length()))
+    return min(default, max(_SUB, 1 << max(T - 1, 0).bit_length()))
 
 
-def _lanes(config: Config, operands: Operands) -> Lane:
-    dtype = operands.state.dtype
-    q, k, v = (_chunked(config, operands, x.astype(dtype)) for x in (operands.q, operands.k, operands.v))
+def _lanes(C: int, operands: Operands, sequential: bool) -> tuple[Lane, jax.Array | None, jax.Array]:
+    """The chunks of each lane, its constant decays, and its states."""
+    q, k, v = (_chunked(C, x, sequential) for x in (operands.q, operands.k, operands.v))
     log_decay = segments = before = None
     if gate(operands) in ("token", "channel"):
-        log_decay = _chunked(config, operands, operands.log_decay)
+        log_decay = _chunked(C, operands.log_decay, sequential)
+    B, T, H = operands.q.shape[:3]
     if operands.segments is not None:
-        H = operands.q.shape[2]
-        ids = jnp.broadcast_to(operands.segments[:, :, None], (*operands.segments.shape, H))
-        segments = _chunked(config, operands, ids, last=True)
+        segments = pad_tokens(operands.segments, C, last=True).reshape(B, -1, C)
         # The state before the first chunk belongs to segment 0.
         before = jnp.pad(segments[:, :-1, -1], ((0, 0), (1, 0)))
-    C = q.shape[2]
-    count = jnp.clip(operands.q.shape[1] - C * jnp.arange(q.shape[1]), 0, C)
-    return Lane(q, k, v, log_decay, segments, before, jnp.broadcast_to(count, q.shape[:2]))
+    count = jnp.broadcast_to(jnp.clip(T - C * jnp.arange(q.shape[1]), 0, C), (B, q.shape[1]))
+    constant = operands.log_decay if gate(operands) == "head" else None
+    if sequential:
+        return Lane(q, k, v, log_decay, segments, before, count), constant, operands.state
+    of_heads = lambda x: None if x is None else jnp.repeat(x, H, axis=0)  # noqa: E731
+    lanes = Lane(q, k, v, log_decay, of_heads(segments), of_heads(before), of_heads(count))
+    return lanes, None if constant is None else constant.reshape(-1), _flat(operands.state)
 
 
-def _chunked(config: Config, operands: Operands, x: jax.Array, *, last: bool = False) -> jax.Array:
-    """[B, T, H, ...] -> [B * H, N, C, ...]."""
-    C = chunk_size(config, operands.q.shape[1])
-    x = jnp.moveaxis(pad_tokens(x, C, last=last), 2, 1)
-    return x.reshape(x.shape[0] * x.shape[1], -1, C, *x.shape[3:])
+def _chunked(C: int, x: jax.Array, sequential: bool) -> jax.Array:
+    """[B, T, H, ...] -> [B, N, C, H, ...], or [B * H, N, C, ...] where lanes are heads."""
+    x = pad_tokens(x, C)
+    B, T, H = x.shape[:3]
+    if sequential:
+        return x.reshape(B, T // C, C, H, *x.shape[3:])
+    return jnp.moveaxis(x, 2, 1).reshape(B * H, T // C, C, *x.shape[3:])
 
 
-def _tokens(x: jax.Array, operands: Operands, dtype: Any) -> jax.Array:
-    """[B * H, N, C, ...] -> [B, T, H, ...]."""
+def _tokens(x: jax.Array, operands: Operands, dtype: Any, sequential: bool) -> jax.Array:
+    """[B, N, C, H, ...] or [B * H, N, C, ...] -> [B, T, H, ...]."""
     B, T, H = operands.q.shape[:3]
-    x = x.reshape(B, H, -1, *x.shape[3:])[:, :, :T]
-    return jnp.moveaxis(x, 1, 2).astype(dtype)
+    N, C = x.shape[1:3]
+    if sequential:
+        return x.reshape(B, N * C, *x.shape[3:])[:, :T].astype(dtype)
+    return jnp.moveaxis(x.reshape(B, H, N * C, *x.shape[3:])[:, :, :T], 1, 2).astype(dtype)
 
 
 def _flat(state: jax.Array) -> jax.Array:
     return state.reshape(-1, *state.shape[2:])
 
 
-def _constant(operands: Operands) -> jax.Array | None:
-    """[B * H], where a head has the same decay for all tokens."""
-    return operands.log_decay.reshape(-1) if gate(operands) == "head" else None
-
-
-def _over_lanes(run: Callable, sequential: bool, *arguments: Any) -> Any:
-    if sequential:
-        return jax.lax.map(lambda x: run(*x), arguments)
-    return jax.vmap(run)(*arguments)
-
-
 def _lane_forward(
-    config: Config, precision: Any, lane: Lane, constant: jax.Array | None, state: jax.Array
+    layout: Layout,
+    config: Config,
+    precision: Any,
+    dtype: Any,
+    lane: Lane,
+    constant: jax.Array | None,
+    state: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    factors = _constant_factors(constant, lane.q.shape[1])
+    factors = _factors(layout, constant, lane.q.shape[1])
+    run = partial(_chunk, config, precision)
 
     def step(state: jax.Array, chunk: Lane) -> tuple[jax.Array, jax.Array]:
-        o, state = _chunk(config, precision, chunk, factors, state)
-        return state, o
+        o, state = layout.heads(run, jax.tree.map(layout.inward, chunk), factors, state)
+        return state, layout.outward(o, dtype)
 
     state, o = jax.lax.scan(step, state, lane)
     return o, state
 
 
+def _factors(layout: Layout, constant: jax.Array | None, C: int) -> Constant | None:
+    return None if constant is None else layout.heads(lambda g: _constant_factors(g, C), constant)
+
+
 def _lane_backward(
+    layout: Layout,
     config: Config,
     precision: Any,
+    operands: Operands,
     lane: Lane,
     constant: jax.Array | None,
     state: jax.Array,
     o_cotangent: jax.Array,
     state_cotangent: jax.Array,
 ) -> tuple[Lane, jax.Array | None, jax.Array]:
-    factors, pull_factors = jax.vjp(lambda g: _constant_factors(g, lane.q.shape[1]), constant)
+    factors, pull_factors = jax.vjp(lambda g: _factors(layout, g, lane.q.shape[1]), constant)
+    decayed = gate(operands) in ("token", "channel")
+    dtypes = Lane(*(x.dtype for x in operands[:3]), operands.log_decay.dtype if decayed else None, None, None, None)
 
     def again(state: jax.Array, chunk: Lane) -> tuple[jax.Array, jax.Array]:
-        return _next_state(precision, chunk, factors, state), state
+        run = partial(_next_state, precision)
+        return layout.heads(run, jax.tree.map(layout.inward, chunk), factors, state), state
 
     _, states = jax.lax.scan(again, state, lane)
 
-    def step(carry: tuple, x: tuple) -> tuple[tuple, Lane]:
-        state_cotangent, total = carry
-        chunk, state, o_cotangent = x
+    def back(
+        chunk: Lane, factors: Constant | None, state: jax.Array, o_cotangent: jax.Array, state_cotangent: jax.Array
+    ) -> tuple:
         integers = {"segments": chunk.segments, "before": chunk.before, "count": chunk.count}
 
         def run(floating: Lane, factors: Constant | None, state: jax.Array) -> tuple[jax.Array, jax.Array]:
             return _chunk(config, precision, floating._replace(**integers), factors, state)
 
         floating = chunk._replace(**dict.fromkeys(integers))
-        _, pull = jax.vjp(run, floating, factors, state)
-        grads, of_factors, state_cotangent = pull((o_cotangent, state_cotangent))
-        return (state_cotangent, jax.tree.map(jnp.add, total, of_factors)), grads
+        return jax.vjp(run, floating, factors, state)[1]((o_cotangent, state_cotangent))
+
+    def step(carry: tuple, x: tuple) -> tuple[tuple, Lane]:
+        state_cotangent, total = carry
+        chunk, state, o_cotangent = x
+        given = (jax.tree.map(layout.inward, chunk), factors, state, layout.inward(o_cotangent), state_cotangent)
+        grads, of_factors, state_cotangent = layout.heads(back, *given)
+        return (state_cotangent, jax.tree.map(jnp.add, total, of_factors)), jax.tree.map(layout.outward, grads, dtypes)
 
     start = (state_cotangent, jax.tree.map(jnp.zeros_like, factors))
     (state, total), grads = jax.lax.scan(step, start, (lane, states, o_cotangent), reverse=True)
