@@ -140,6 +140,48 @@ def _on_one_device(ctx: Any) -> bool:
     return (getattr(context, "num_devices", None) or 1) == 1
 
 
+def check_implementation(
+    name: str, implementation: str | None, unsupported: dict[str, Callable], static: Any, operands: PyTree, over: str
+) -> None:
+    """Raise with the reason when an implementation cannot do a call.
+
+    Args:
+      name: of the public function.
+      implementation: as given.
+      unsupported: by implementation, `unsupported(static, operands)` gives the reason, or None.
+      static: static part of the call.
+      operands: arrays of the call.
+      over: axes that the call may be divided over.
+
+    Raises:
+      NotImplementedError: a named implementation cannot do this call, or anything but the reference is to take arrays
+        on a mesh of explicit axes.
+    """
+    if implementation != "reference" and any(map(_explicitly_sharded, jax.tree.leaves(operands))):
+        raise NotImplementedError(
+            f"{name}: explicitly sharded arrays are served by implementation='reference' only. "
+            f"Call it inside jax.shard_map over {over}, or use a mesh of automatic axes."
+        )
+    refuse_unsupported(name, implementation, unsupported, static, operands)
+
+
+def refuse_unsupported(
+    name: str, implementation: str | None, unsupported: dict[str, Callable], static: Any, operands: PyTree
+) -> None:
+    """Raise with the reason when a named kernel cannot do a call; see `check_implementation`."""
+    reason = unsupported[implementation](static, operands) if implementation in unsupported else None
+    if reason:
+        raise NotImplementedError(
+            f"{name}: implementation {implementation!r} cannot do this call: {reason}. "
+            "Use implementation=None, which falls back to 'xla'."
+        )
+
+
+def _explicitly_sharded(x: jax.Array) -> bool:
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    return sharding is not None and any(axis is not None for axis in sharding.spec)
+
+
 def not_hopper() -> str | None:
     """Why Mosaic GPU kernels, whose products are Hopper's, cannot run on this machine's GPUs; None where it has none.
 

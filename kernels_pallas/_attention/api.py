@@ -153,33 +153,11 @@ def attention(
 def _check_implementation(
     implementation: str | None, config: Config, operands: Operands, name: str = "attention"
 ) -> None:
-    if implementation != "reference" and any(map(_explicitly_sharded, jax.tree.leaves(operands))):
-        raise NotImplementedError(
-            f"{name}: explicitly sharded arrays are served by implementation='reference' only. "
-            "Call it inside jax.shard_map over batch and heads, or use a mesh of automatic axes."
-        )
-    _refuse(implementation, _UNSUPPORTED, config, operands, name)
+    dispatch.check_implementation(name, implementation, _UNSUPPORTED, config, operands, "batch and heads")
 
 
 def _check_backward(implementation: str | None, config: Config, inputs: tuple, name: str = "attention") -> None:
-    _refuse(implementation, _UNSUPPORTED_BACKWARD, config, inputs, name)
-
-
-def _refuse(
-    implementation: str | None, unsupported: dict[str, Callable], config: Config, operands: Any, name: str
-) -> None:
-    """Raise with the reason when a named kernel cannot do a call."""
-    reason = unsupported[implementation](config, operands) if implementation in unsupported else None
-    if reason:
-        raise NotImplementedError(
-            f"{name}: implementation {implementation!r} cannot do this call: {reason}. "
-            "Use implementation=None, which falls back to 'xla'."
-        )
-
-
-def _explicitly_sharded(x: jax.Array) -> bool:
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    return sharding is not None and any(axis is not None for axis in sharding.spec)
+    dispatch.refuse_unsupported(name, implementation, _UNSUPPORTED_BACKWARD, config, inputs)
 
 
 def _not_on_tpu(config: Config, operands: Operands, *, backward: bool = False) -> str | None:

@@ -194,17 +194,7 @@ def _check_window(window: Any) -> int | None:
 
 
 def _check_implementation(implementation: str | None, config: Config, operands: Operands) -> None:
-    if implementation != "reference" and any(map(_explicitly_sharded, jax.tree.leaves(operands))):
-        raise NotImplementedError(
-            f"{_NAME}: explicitly sharded arrays are served by implementation='reference' only. "
-            "Call it inside jax.shard_map over batch and heads, or use a mesh of automatic axes."
-        )
-    reason = _UNSUPPORTED[implementation](config, operands) if implementation in _UNSUPPORTED else None
-    if reason:
-        raise NotImplementedError(
-            f"{_NAME}: implementation {implementation!r} cannot do this call: {reason}. "
-            "Use implementation=None, which falls back to 'xla'."
-        )
+    dispatch.check_implementation(_NAME, implementation, _UNSUPPORTED, config, operands, "batch and heads")
 
 
 def _not_on_gpu(config: Config, operands: Operands) -> str | None:
@@ -213,11 +203,6 @@ def _not_on_gpu(config: Config, operands: Operands) -> str | None:
 
 
 _UNSUPPORTED = {"tpu": not_on_tpu, "gpu": _not_on_gpu}
-
-
-def _explicitly_sharded(x: jax.Array) -> bool:
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    return sharding is not None and any(axis is not None for axis in sharding.spec)
 
 
 # --- Derivatives: one rule above dispatch. ----------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from kernels_pallas._linear_attention import check_scale, grouped
 from kernels_pallas.recurrence import accumulator
 
 _IMPLEMENTATIONS = (None, "reference", "xla", "tpu", "gpu")
+_OVER = "batch and heads"
 
 
 def delta_rule(
@@ -124,7 +125,7 @@ def delta_rule(
     checks.choice(NAME, "implementation", implementation, _IMPLEMENTATIONS)
     if operands.q.size == 0 or operands.v.size == 0:
         return finish(jnp.zeros(operands.v.shape, operands.v.dtype), operands.state)
-    _check_implementation(implementation, _UNSUPPORTED, config, operands)
+    dispatch.check_implementation(NAME, implementation, _UNSUPPORTED, config, operands, _OVER)
     if implementation == "reference":
         return finish(*reference.forward(config, operands))
     guarded = dispatch.refuse_forward_mode(NAME, dispatch.align(operands))
@@ -210,27 +211,6 @@ def delta_rule_step(
 # --- Which implementation can do a call. ------------------------------------------------------------------------------
 
 
-def _check_implementation(
-    implementation: str | None, unsupported: dict[str, Callable], config: Config, inputs: Any
-) -> None:
-    if implementation != "reference" and any(map(_explicitly_sharded, jax.tree.leaves(inputs))):
-        raise NotImplementedError(
-            f"{NAME}: explicitly sharded arrays are served by implementation='reference' only. "
-            "Call it inside jax.shard_map over batch and heads, or use a mesh of automatic axes."
-        )
-    reason = unsupported[implementation](config, inputs) if implementation in unsupported else None
-    if reason:
-        raise NotImplementedError(
-            f"{NAME}: implementation {implementation!r} cannot do this call: {reason}. "
-            "Use implementation=None, which falls back to 'xla'."
-        )
-
-
-def _explicitly_sharded(x: jax.Array) -> bool:
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    return sharding is not None and any(axis is not None for axis in sharding.spec)
-
-
 def _not_on_gpu(config: Config, operands: Operands) -> str | None:
     from kernels_pallas._delta_rule import gpu
 
@@ -271,7 +251,7 @@ def _differentiable_fwd(static: tuple, operands: Operands) -> tuple:
 
 def _differentiable_bwd(static: tuple, operands: Operands, cotangents: tuple) -> tuple[Operands]:
     inputs = dispatch.align((operands, *cotangents))
-    _check_implementation(static[0], _UNSUPPORTED_BACKWARD, static[1], inputs)
+    dispatch.check_implementation(NAME, static[0], _UNSUPPORTED_BACKWARD, static[1], inputs, _OVER)
     return (_grads(_backward(static, *inputs)),)  # pyright: ignore[reportGeneralTypeIssues]
 
 

@@ -134,6 +134,7 @@ def check_updates_of_heads(
 
 
 def check_heads(function: str, H: int, HV: int) -> None:
+    """Check that H heads of q and k can be shared by HV of v."""
     ok = HV % H == 0 if H else HV == 0
     wanted = f"have a number of heads that is a multiple of that of `q` and `k`, {H}"
     checks.value(function, "v", ok, wanted, HV, "Heads of v share those of q and k in equal groups.", checks.ShapeError)

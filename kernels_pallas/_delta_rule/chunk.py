@@ -101,6 +101,7 @@ class Cotangents(NamedTuple):
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """A product of matrices in full precision."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import checks
+from kernels_pallas import checks, dispatch
 
 IMPLEMENTATIONS = (None, "reference", "xla", "tpu", "gpu")
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
@@ -27,17 +27,7 @@ def check_implementation(
       operands: arrays of the call.
     """
     checks.choice(name, "implementation", implementation, IMPLEMENTATIONS)
-    if implementation != "reference" and any(map(_explicitly_sharded, jax.tree.leaves(operands))):
-        raise NotImplementedError(
-            f"{name}: explicitly sharded arrays are served by implementation='reference' only. "
-            "Call it inside jax.shard_map over batch and channels, or use a mesh of automatic axes."
-        )
-    reason = unsupported[implementation](config, operands) if implementation in unsupported else None
-    if reason:
-        raise NotImplementedError(
-            f"{name}: implementation {implementation!r} cannot do this call: {reason}. "
-            "Use implementation=None, which falls back to 'xla'."
-        )
+    dispatch.check_implementation(name, implementation, unsupported, config, operands, "batch and channels")
 
 
 def not_on_tpu(config: Any, operands: Any) -> str | None:
@@ -54,8 +44,3 @@ def not_on_tpu(config: Any, operands: Any) -> str | None:
 def not_on_gpu(config: Any, operands: Any) -> str | None:
     """Why a GPU kernel cannot do a call: there is none."""
     return "it has no kernel for GPUs, where 'xla' runs it in steps that double"
-
-
-def _explicitly_sharded(x: jax.Array) -> bool:
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    return sharding is not None and any(axis is not None for axis in sharding.spec)
