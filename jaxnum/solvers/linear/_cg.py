@@ -102,10 +102,10 @@ def cg(*, flexible: int | None = None) -> Solver:
     # The ring's length is a shape, so it travels as the shape of a leaf.
     return Solver(
         name="cg",
-        init=_flexible_init,
+        init=flexible_init,
         step=_flexible_step,
-        measure=_flexible_measure,
-        refresh=_flexible_refresh,
+        measure=flexible_measure,
+        refresh=flexible_refresh,
         problem=Linear,
         hyper=jnp.zeros((flexible,), jnp.int8),
         defaults=_DEFAULTS,
@@ -141,7 +141,7 @@ def _asymmetric(A: Any) -> jax.Array:
     return jnp.max(jnp.abs(A - A.conj().T)) > eps**0.5 * jnp.max(jnp.abs(A))
 
 
-def _advance(
+def advance(
     x: PyTree, p: PyTree, state: CGState, rp: jax.Array, problem: Linear
 ) -> tuple[PyTree, PyTree, PyTree, jax.Array, jax.Array]:
     """One exact line search along p: the new x and r, q = A p, p.q, a mark. On a look: x as it is, r = b - A x."""
@@ -165,7 +165,7 @@ def _ratio(look: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(look | flat, 0, a / jnp.where(flat, 1, b))
 
 
-def _judge(
+def judge(
     x: PyTree, r: PyTree, pq: jax.Array, rz: jax.Array, rr: jax.Array, mark: jax.Array, state: CGState
 ) -> tuple[PyTree, jax.Array, CGState]:
     """The x and the state of the next step, p still to be set, and whether the directions are stale."""
@@ -184,9 +184,9 @@ def _judge(
 
 
 def _step(hyper: None, x: PyTree, state: CGState, problem: Linear) -> tuple[PyTree, CGState]:
-    x, r, _, pq, mark = _advance(x, state.p, state, state.rz, problem)
+    x, r, _, pq, mark = advance(x, state.p, state, state.rz, problem)
     z, rz, rr = _precondition(r, problem)
-    x, lost, new = _judge(x, r, pq, rz, rr, mark, state)
+    x, lost, new = judge(x, r, pq, rz, rr, mark, state)
     kept = state.look & ~lost
     beta = _ratio(state.look, rz, state.rz)
     p = trees.combine(jnp.where(kept, 0, jnp.ones_like(beta)), z, jnp.where(kept, 1, beta), state.p)
@@ -201,7 +201,7 @@ def _refresh(hyper: None, state: CGState, due: jax.Array) -> CGState:
     return state._replace(look=due)
 
 
-def _flexible_init(hyper: jax.Array, x: PyTree, problem: Linear) -> FlexibleCGState:
+def flexible_init(hyper: jax.Array, x: PyTree, problem: Linear) -> FlexibleCGState:
     # Stacked from copies of x's leaves, so that the rings inherit their sharding.
     ring = jax.tree.map(lambda leaf: jnp.stack([jnp.zeros_like(leaf)] * hyper.shape[0]), x)
     base = _init(None, x, problem)
@@ -212,39 +212,50 @@ def _flexible_step(
     hyper: jax.Array, x: PyTree, state: FlexibleCGState, problem: Linear
 ) -> tuple[PyTree, FlexibleCGState]:
     base, m = state.base, hyper.shape[0]
-    slot = state.count % m
-    # Age 1 is the direction of the last step. Truncation with restart: the first m steps of each cycle keep all.
-    age = (slot - jnp.arange(m, dtype=jnp.int32) - 1) % m + 1
-    keep = age <= jnp.minimum(state.count, jnp.maximum(1, state.count % (m + 1)))
-    zq = jax.vmap(lambda image: trees.vdot(base.p, image))(state.images)
-    weights = jnp.where(keep, zq / state.curvatures, 0)
-    p = jax.tree.map(
-        lambda z, ring: z - jnp.tensordot(weights.astype(ring.dtype), ring, 1, precision="highest"),
-        base.p,
+    # Truncation with restart: the first m steps of each cycle keep all.
+    p = conjugate(base.p, state, jnp.maximum(1, state.count % (m + 1)))
+    x, r, q, pq, mark = advance(x, p, base, trees.vdot(p, base.r), problem)
+    z, rz, rr = _precondition(r, problem)
+    x, _, new = judge(x, r, pq, rz, rr, mark, base)
+    return x, remember(state, new._replace(p=z), p, problem.project(q), pq)
+
+
+def conjugate(z: PyTree, state: FlexibleCGState, keep: jax.Array | int) -> PyTree:
+    """z less its A-components along the last `keep` directions, all from the unmodified z."""
+    m = state.curvatures.size
+    # Age 1 is the direction of the last step.
+    age = (state.count % m - jnp.arange(m, dtype=jnp.int32) - 1) % m + 1
+    zq = jax.vmap(lambda image: trees.vdot(z, image))(state.images)
+    weights = jnp.where(age <= jnp.minimum(state.count, keep), zq / state.curvatures, 0)
+    return jax.tree.map(
+        lambda leaf, ring: leaf - jnp.tensordot(weights.astype(ring.dtype), ring, 1, precision="highest"),
+        z,
         state.directions,
     )
-    x, r, q, pq, mark = _advance(x, p, base, trees.vdot(p, base.r), problem)
-    q = problem.project(q)
-    z, rz, rr = _precondition(r, problem)
-    x, _, new = _judge(x, r, pq, rz, rr, mark, base)
-    here = (jnp.arange(m, dtype=jnp.int32) == slot) & ~base.look
+
+
+def remember(state: FlexibleCGState, base: CGState, p: PyTree, q: PyTree, pq: jax.Array) -> FlexibleCGState:
+    """The state of the next step, with p and q = A p in the ring unless this step was a look."""
+    m = state.curvatures.size
+    look = state.base.look
+    here = (jnp.arange(m, dtype=jnp.int32) == state.count % m) & ~look
 
     def put(ring: jax.Array, new: jax.Array) -> jax.Array:
         # A choice, not a scatter: scatters refuse explicitly sharded operands.
         return jnp.where(here.reshape((m,) + (1,) * (ring.ndim - 1)), new, ring)
 
-    return x, FlexibleCGState(
-        base=new._replace(p=z),
+    return FlexibleCGState(
+        base=base,
         directions=jax.tree.map(put, state.directions, p),
         images=jax.tree.map(put, state.images, q),
         curvatures=put(state.curvatures, jnp.where(pq > 0, pq, 1)),
-        count=state.count + jnp.where(base.look, 0, 1),
+        count=state.count + jnp.where(look, 0, 1),
     )
 
 
-def _flexible_measure(hyper: Any, x: PyTree, state: FlexibleCGState, problem: Linear) -> Measure:
+def flexible_measure(hyper: Any, x: PyTree, state: FlexibleCGState, problem: Linear) -> Measure:
     return _measure(None, x, state.base, problem)
 
 
-def _flexible_refresh(hyper: Any, state: FlexibleCGState, due: jax.Array) -> FlexibleCGState:
+def flexible_refresh(hyper: Any, state: FlexibleCGState, due: jax.Array) -> FlexibleCGState:
     return state._replace(base=_refresh(None, state.base, due))
