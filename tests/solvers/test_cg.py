@@ -96,6 +96,21 @@ def test_flexible_survives_a_preconditioner_that_varies(x64):
     assert steps[2] <= steps[1]
 
 
+def test_float32_does_not_run_away_near_its_rounding():
+    """Recomputed residuals that differ from the recurrence's once made every later line search overshoot."""
+    n = 64
+    A = (poisson(n)[0] / (n + 1) ** 2).astype(np.float32)
+    seen = []
+    spla.cg(A, np.ones(n * n, np.float32), rtol=1e-4, callback=seen.append)
+
+    def stencil(u):
+        p = jnp.pad(u, 1)
+        return 4 * u - p[:-2, 1:-1] - p[2:, 1:-1] - p[1:-1, :-2] - p[1:-1, 2:]
+
+    solution = jaxnum.linear_solve(stencil, jnp.ones((n, n), jnp.float32), rtol=1e-4, max_steps=200)
+    assert int(solution.steps) <= 1.05 * len(seen)
+
+
 def poisson(n):
     h = 1 / (n + 1)
     one = sp.diags([-1.0, 2.0, -1.0], [-1, 0, 1], shape=(n, n)) / h**2

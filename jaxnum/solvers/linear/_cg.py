@@ -187,7 +187,11 @@ def _step(hyper: None, x: PyTree, state: CGState, problem: Linear) -> tuple[PyTr
     x, r, _, pq, mark = advance(x, state.p, state, state.rz, problem)
     z, rz, rr = _precondition(r, problem)
     x, lost, new = judge(x, r, pq, rz, rr, mark, state)
-    kept = state.look & ~lost
+    # A look gives r a jump along p, after which r.z is no longer p.r: the next line search would miss its minimum, and
+    # so would all after it, by the same factor.
+    slope = jax.lax.cond(state.look, lambda: trees.vdot(state.p, r), lambda: rz)
+    kept = state.look & ~lost & (slope > 0)
+    new = new._replace(rz=jnp.where(kept, slope, rz))
     beta = _ratio(state.look, rz, state.rz)
     p = trees.combine(jnp.where(kept, 0, jnp.ones_like(beta)), z, jnp.where(kept, 1, beta), state.p)
     return x, new._replace(p=p)

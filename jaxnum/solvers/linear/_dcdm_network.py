@@ -20,12 +20,12 @@ class Convolution(NamedTuple):
 
 
 class DCDMNetwork(NamedTuple):
-    """The weights of `dcdm_network`; residual pairs are stacked along a leading axis of two each."""
+    """The weights of `dcdm_network`; residual pairs are stacked along a leading axis, each of three layers."""
 
     first: Convolution
-    down: Convolution
+    down: tuple[Convolution, ...]
     coarse: Convolution
-    up: Convolution
+    up: tuple[Convolution, ...]
     last: Convolution
 
 
@@ -57,9 +57,14 @@ def dcdm_network(params: DCDMNetwork, r: jax.Array) -> jax.Array:
     checks.value("dcdm_network", "r", even, "have even sides", r.shape, remedy, checks.ShapeError)
     x = (r * r.size**0.5).astype(params.first.weights.dtype)[None, ..., None]
     x = _convolve(params.first, x)
-    fine = _pairs(params.down, x)
-    coarse = _pairs(params.coarse, _halved(fine))
-    x = _pairs(params.up, _doubled(coarse) + fine)
+    skipped = []
+    for layers in params.down:
+        x = _pairs(layers, x)
+        skipped.append(x)
+        x = _halved(x)
+    x = _pairs(params.coarse, x)
+    for layers, fine in zip(params.up, reversed(skipped), strict=True):
+        x = _pairs(layers, _doubled(x) + fine)
     return _convolve(params.last, x)[0, ..., 0].astype(r.dtype)
 
 
