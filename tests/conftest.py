@@ -7,6 +7,19 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import jax
 import pytest
 
+# The oracles of single methods: numbers, which do not change with the version of jax. What a version may break is
+# compiled and run by the contracts, the doctests and the tests marked `every_jax`.
+ORACLES = {"curvature", "kernels_pallas", "sequence", "solvers", "transforms"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark the oracles of methods `once`; .ci/run leaves them to one of the two versions of jax."""
+    for item in items:
+        folder = item.path.relative_to(item.config.rootpath).parts
+        if folder[0] == "tests" and folder[1] in ORACLES and not item.get_closest_marker("every_jax"):
+            item.add_marker("once")
+
 
 @pytest.fixture
 def key(request):

@@ -1,5 +1,8 @@
 """The house's own rules: what an import costs, who may import whom, and that one name finds all that belongs to it."""
 
+import ast
+import importlib
+import inspect
 import os
 import shutil
 import subprocess
@@ -45,6 +48,29 @@ def test_import_starts_no_backend():
     assert python("import jax; jax.devices()", JAX_PLATFORMS="none").returncode != 0
     done = python(f"import {PUBLIC}", JAX_PLATFORMS="none")
     assert done.returncode == 0, done.stderr
+
+
+LAZY = [p for p in PUBLIC.split(", ") if "lazy.attach(" in inspect.getsource(importlib.import_module(p))]
+
+
+@pytest.mark.parametrize("package", LAZY)
+def test_type_checkers_see_what_is_imported_late(package):
+    module = importlib.import_module(package)
+    shown = {
+        alias.asname: f"{node.module}.{alias.name}"
+        for block in ast.parse(inspect.getsource(module)).body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(shown) == sorted(module.__all__)
+    for name, path in shown.items():
+        home, _, inner = path.rpartition(".")
+        assert getattr(module, name) is getattr(importlib.import_module(home), inner)
+    assert set(module.__all__) <= set(dir(module))
+    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+        getattr(module, "absent")  # noqa: B009  # the statement, not its value
 
 
 def test_import_leaves_heavy_packages_alone():

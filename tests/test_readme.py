@@ -29,8 +29,9 @@ def test_ci_runs_the_commands_of_the_readme():
     [line] = re.findall(r'^(pip install -e "\.\[test\]" && .*)$', TEXT, flags=re.M)
     install, test = line.split(" && ")
     commands = [command.strip() for command in script.splitlines()]
-    # CI installs with the same words, quietly.
-    assert commands.count(install.replace("install", "install -qq")) == commands.count(test) == 2
+    # CI installs with the same words, quietly, for both versions of jax.
+    assert commands.count(install.replace("install", "install -qq")) == 2
+    assert commands.count(test) == 1
     assert 'pip install -e ".[tour]" && python -m jaxnum tour' in TEXT
 
 

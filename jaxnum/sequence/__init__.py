@@ -17,47 +17,55 @@ Parameters are dicts of arrays for optax; `jaxnum.interop` makes modules of flax
 take packed documents and padding by `segment_ids`.
 """
 
-from jaxnum.sequence._bidirectional import bidirectional
-from jaxnum.sequence._diag_attention import diag_attention
-from jaxnum.sequence._elu1 import elu1
-from jaxnum.sequence._gated_delta_net import gated_delta_net
-from jaxnum.sequence._hedgehog import hedgehog, hedgehog_distillation_loss
-from jaxnum.sequence._lasp2 import lasp2, lasp2_hybrid_attention
-from jaxnum.sequence._lightning_attention import lightning_attention, lightning_attention_slopes
-from jaxnum.sequence._mamba_block import mamba_block
-from jaxnum.sequence._norm_attention import norm_attention
-from jaxnum.sequence._prefix_linear_attention import prefix_linear_attention
-from jaxnum.sequence._retention import retention
-from jaxnum.sequence._short_convolution import short_convolution, short_convolution_step
-from jaxnum.sequence._srmsnorm import srmsnorm
-from jaxnum.sequence._t2r import t2r
-from jaxnum.sequence._taylor2 import taylor2
-from jaxnum.sequence._transnormer_block import transnormer_block
-from jaxnum.sequence.feature_map import FeatureMap
-from jaxnum.sequence.layer import BidirectionalLayer, Layer
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "BidirectionalLayer",
-    "FeatureMap",
-    "Layer",
-    "bidirectional",
-    "diag_attention",
-    "elu1",
-    "gated_delta_net",
-    "hedgehog",
-    "hedgehog_distillation_loss",
-    "lasp2",
-    "lasp2_hybrid_attention",
-    "lightning_attention",
-    "lightning_attention_slopes",
-    "mamba_block",
-    "norm_attention",
-    "prefix_linear_attention",
-    "retention",
-    "short_convolution",
-    "short_convolution_step",
-    "srmsnorm",
-    "t2r",
-    "taylor2",
-    "transnormer_block",
-]
+from kernels_pallas import lazy
+
+if TYPE_CHECKING:
+    from jaxnum.sequence._bidirectional import bidirectional as bidirectional
+    from jaxnum.sequence._diag_attention import diag_attention as diag_attention
+    from jaxnum.sequence._elu1 import elu1 as elu1
+    from jaxnum.sequence._gated_delta_net import gated_delta_net as gated_delta_net
+    from jaxnum.sequence._hedgehog import hedgehog as hedgehog
+    from jaxnum.sequence._hedgehog import hedgehog_distillation_loss as hedgehog_distillation_loss
+    from jaxnum.sequence._lasp2 import lasp2 as lasp2
+    from jaxnum.sequence._lasp2 import lasp2_hybrid_attention as lasp2_hybrid_attention
+    from jaxnum.sequence._lightning_attention import lightning_attention as lightning_attention
+    from jaxnum.sequence._lightning_attention import lightning_attention_slopes as lightning_attention_slopes
+    from jaxnum.sequence._mamba_block import mamba_block as mamba_block
+    from jaxnum.sequence._norm_attention import norm_attention as norm_attention
+    from jaxnum.sequence._prefix_linear_attention import prefix_linear_attention as prefix_linear_attention
+    from jaxnum.sequence._retention import retention as retention
+    from jaxnum.sequence._short_convolution import short_convolution as short_convolution
+    from jaxnum.sequence._short_convolution import short_convolution_step as short_convolution_step
+    from jaxnum.sequence._srmsnorm import srmsnorm as srmsnorm
+    from jaxnum.sequence._t2r import t2r as t2r
+    from jaxnum.sequence._taylor2 import taylor2 as taylor2
+    from jaxnum.sequence._transnormer_block import transnormer_block as transnormer_block
+    from jaxnum.sequence.feature_map import FeatureMap as FeatureMap
+    from jaxnum.sequence.layer import BidirectionalLayer as BidirectionalLayer
+    from jaxnum.sequence.layer import Layer as Layer
+
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    {
+        "_bidirectional": ("bidirectional",),
+        "_diag_attention": ("diag_attention",),
+        "_elu1": ("elu1",),
+        "_gated_delta_net": ("gated_delta_net",),
+        "_hedgehog": ("hedgehog", "hedgehog_distillation_loss"),
+        "_lasp2": ("lasp2", "lasp2_hybrid_attention"),
+        "_lightning_attention": ("lightning_attention", "lightning_attention_slopes"),
+        "_mamba_block": ("mamba_block",),
+        "_norm_attention": ("norm_attention",),
+        "_prefix_linear_attention": ("prefix_linear_attention",),
+        "_retention": ("retention",),
+        "_short_convolution": ("short_convolution", "short_convolution_step"),
+        "_srmsnorm": ("srmsnorm",),
+        "_t2r": ("t2r",),
+        "_taylor2": ("taylor2",),
+        "_transnormer_block": ("transnormer_block",),
+        "feature_map": ("FeatureMap",),
+        "layer": ("BidirectionalLayer", "Layer"),
+    },
+)

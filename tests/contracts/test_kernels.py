@@ -17,7 +17,7 @@ NARROW = pytest.param("bfloat16", marks=pytest.mark.slow)
 PER_IMPLEMENTATION = ("sees_nothing", "padding", "packed", "repeats")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.once), "float32"])
 @pytest.mark.parametrize(("member", "implementation"), EVERY)
 def test_forward(member, implementation, dtype):
     kernel.check_forward(member, implementation, dtype)

@@ -13,6 +13,8 @@ from kernels_pallas._attention.config import Config, Operands
 from tests import interpreters
 from tests.tolerances import tolerance
 
+pytestmark = pytest.mark.every_jax
+
 needs_interpreter = pytest.mark.skipif(
     sys.version_info < (3, 12), reason="the GPU interpreter came with jax 0.12, which needs Python 3.12"
 )

@@ -12,6 +12,8 @@ from kernels_pallas import BlockSizes, attention
 from tests import collectives, interpreters
 from tests.tolerances import tolerance
 
+pytestmark = pytest.mark.every_jax
+
 B, T, H, D = 4, 150, 4, 16
 BLOCKS = BlockSizes(128, 128, 128)
 BATCH, HEADS, BOTH = PartitionSpec("data"), PartitionSpec(None, "heads"), PartitionSpec("data", "heads")

@@ -28,6 +28,8 @@ from tests import collectives, interpreters
 from tests.source import ROOT
 from tests.tolerances import tolerance
 
+pytestmark = pytest.mark.every_jax
+
 N, H, K, D, V = 10, 4, 2, 8, 12
 TOKENS, HEADS = PartitionSpec(None, "ring"), PartitionSpec(None, None, "ring")
 

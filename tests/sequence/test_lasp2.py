@@ -19,6 +19,8 @@ from tests import collectives, interpreters
 from tests.source import ROOT
 from tests.tolerances import tolerance
 
+pytestmark = pytest.mark.every_jax
+
 N, H, K, V = 11, 2, 6, 4
 CUT = PartitionSpec(None, "sequence")
 
