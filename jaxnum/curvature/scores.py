@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
 from kernels_pallas import checks
 
 
-def check_logits(function: str, logits: jax.Array) -> None:
+def check_logits(function: str, logits: Any) -> None:
     """Check that logits are floating-point and end in an axis of classes.
 
     Raises:
       DtypeError: they are not floating-point.
       ShapeError: they are a scalar.
     """
-    checks.dtype(function, "floating", **{"logits_fn(params)": logits})
     remedy = "Logits end in the axis of classes."
+    checks.dtype(function, "floating", remedy=remedy, **{"logits_fn(params)": logits})
     checks.shape(function, remedy=remedy, **{"logits_fn(params)": (logits, "*B K")})
 
 

@@ -9,7 +9,7 @@ from matfree import decomp
 from jaxnum.curvature import empirical_fisher_product, lanczos
 from kernels_pallas.checks import DtypeError, ShapeError
 from tests.compiles import count_compiles
-from tests.curvature.problems import losses, network
+from tests.curvature.problems import flat, losses, network
 from tests.tolerances import tolerance
 
 
@@ -70,9 +70,8 @@ def test_empirical_fisher_of_a_network_on_its_tree(x64):
     params, logits = network()
     product = empirical_fisher_product(lambda p: losses(logits(p)), params)
     result = lanczos(product, jax.tree.map(jnp.ones_like, params), 12)
-    J = jnp.concatenate(
-        [g.reshape(5, -1) for g in jax.tree.leaves(jax.jacobian(lambda p: losses(logits(p)))(params))], 1
-    )
+    vector, f, _ = flat(lambda p: losses(logits(p)), params)
+    J = jax.jacobian(f)(vector)
     assert int(result.rank) == 6
     np.testing.assert_allclose(result.values[1:6], np.linalg.eigvalsh(J @ J.T / 5), rtol=1e-9)
     u = result.vector(5)
@@ -92,13 +91,14 @@ def test_jit_and_vmap_equal_the_plain_call(x64):
     one = lambda A: lanczos(lambda v: A @ v, start(6), 5)[:5]  # noqa: E731
     together = jax.jit(jax.vmap(one))(A)
     for i in range(2):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[i], b, atol=1e-11), together, one(A[i]))
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, atol=1e-11), together, one(A[i]))
     np.testing.assert_array_equal(together[4], [5, 3])
 
 
 def test_a_fresh_operator_of_the_same_program_compiles_nothing(x64):
     v = start(6)
-    operators = [(lambda v, A=jnp.asarray(with_spectrum(np.arange(1.0, 7), seed)): A @ v) for seed in (0, 1)]
+    matrices = [jnp.asarray(with_spectrum(np.arange(1.0, 7), seed)) for seed in (0, 1)]
+    operators = [lambda v, A=A: A @ v for A in matrices]
     lanczos(operators[0], v, 4)
     with count_compiles() as compiled:
         lanczos(operators[1], v, 4)
