@@ -85,9 +85,7 @@ register(
         peers={"matfree": Peer("matfree", matfree)},
         targets=(
             Target("error", 1e-8, "Lanczos recovers eigenvalues to 1e-8 (float64)."),
-            Target(
-                "figure", 1e-8, "Few eigenvalues: no NaN, Ritz values are eigenvalues.", figure="breakdown_error"
-            ),
+            Target("figure", 1e-8, "Few eigenvalues: no NaN, Ritz values are eigenvalues.", figure="breakdown_error"),
             Target("figure", 0.0, "A = 2I gives rank 1.", figure="breakdown_rank_error"),
         ),
         figures={"breakdown": breakdown},

@@ -47,9 +47,9 @@ def lanczos(op: Any, v0: PyTree, num_steps: int, *, tol: float | jax.Array | Non
     """Ritz values and vectors of a symmetric operator from the Krylov space of v0.
 
     With q_1 = v0 / |v0|: alpha_j = q_j.A q_j, r = A q_j - alpha_j q_j - beta_(j-1) q_(j-1), orthogonalised again,
-    twice, against all q so far; beta_j = |r|, q_(j+1) = r / beta_j. T, tridiagonal with alpha and beta, is A in this basis.
-    Where beta_j is rounding, the Krylov space is invariant: the Ritz values are eigenvalues, no further step is taken,
-    and `rank` says so. That is the normal case of low-rank operators (Gauss-Newton and Fisher matrices of small
+    twice, against all q so far; beta_j = |r|, q_(j+1) = r / beta_j. T, tridiagonal with alpha and beta, is A in this
+    basis. Where beta_j is rounding, the Krylov space is invariant: the Ritz values are eigenvalues, no further step is
+    taken, and `rank` says so. That is the normal case of low-rank operators (Gauss-Newton and Fisher matrices of small
     batches), where an unguarded recursion divides rounding by rounding.
 
     Args:
