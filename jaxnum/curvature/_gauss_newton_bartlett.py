@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxnum.core.precision import accumulator
-from jaxnum.curvature import arguments
+from jaxnum.curvature import arguments, scores
 from kernels_pallas import checks
 
 PyTree = Any
@@ -81,7 +81,7 @@ def gauss_newton_bartlett(key: jax.Array, *, likelihood: str = "categorical") ->
       ((3, 2), True)
     """
     arguments.typed_key("gauss_newton_bartlett", key)
-    checks.choice("gauss_newton_bartlett", "likelihood", likelihood, tuple(_SCORES))
+    checks.choice("gauss_newton_bartlett", "likelihood", likelihood, tuple(scores.SCORES))
 
     def init(params: PyTree) -> GaussNewtonBartlettState:
         arguments.parameters("gauss_newton_bartlett", params)
@@ -108,7 +108,7 @@ def gauss_newton_bartlett(key: jax.Array, *, likelihood: str = "categorical") ->
             **{"logits_fn(params)": (logits, "*B K"), "weights": (weights, "*B")},
         )
         wide = logits.astype(accumulator(logits.dtype))
-        score = _SCORES[likelihood](jax.random.fold_in(key, state.count), wide)
+        score = scores.SCORES[likelihood](jax.random.fold_in(key, state.count), wide)
         score = score * jnp.sqrt(_shares(weights, wide))[..., None]
         (root,) = pull_back(score.astype(logits.dtype))
         estimate = jax.tree.map(lambda g: jnp.square(g.astype(accumulator(g.dtype))), root)
@@ -116,20 +116,6 @@ def gauss_newton_bartlett(key: jax.Array, *, likelihood: str = "categorical") ->
 
     # optax types every state as any tree.
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
-
-
-def _categorical_score(key: jax.Array, logits: jax.Array) -> jax.Array:
-    """d/dz of the cross-entropy at a label drawn from the model: softmax(z) - onehot(y)."""
-    label = jax.random.categorical(key, logits, axis=-1)
-    return jax.nn.softmax(logits, axis=-1) - jax.nn.one_hot(label, logits.shape[-1], dtype=logits.dtype)
-
-
-def _gaussian_score(key: jax.Array, logits: jax.Array) -> jax.Array:
-    """d/dz of 0.5 |z - y|² at y = z + noise: minus the noise, whose sign does not matter to its law."""
-    return jax.random.normal(key, logits.shape, logits.dtype)
-
-
-_SCORES = {"categorical": _categorical_score, "gaussian": _gaussian_score}
 
 
 def _shares(weights: jax.Array | None, logits: jax.Array) -> jax.Array:

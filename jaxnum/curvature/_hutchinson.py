@@ -13,15 +13,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxnum.core import trees
 from jaxnum.core.precision import accumulator
-from jaxnum.curvature import arguments
+from jaxnum.curvature import arguments, products
 from kernels_pallas import checks
 
 PyTree = Any
 
 _PROBES = {"rademacher": jax.random.rademacher, "normal": jax.random.normal}
-_REFUSALS = (TypeError, NotImplementedError, ValueError)
 
 
 class HutchinsonState(NamedTuple):
@@ -87,7 +85,7 @@ def hutchinson(
     arguments.typed_key("hutchinson", key)
     checks.value("hutchinson", "num_probes", num_probes >= 1, "be at least 1", num_probes)
     checks.choice("hutchinson", "probe", probe, tuple(_PROBES))
-    checks.choice("hutchinson", "mode", mode, ("auto", "forward", "reverse"))
+    checks.choice("hutchinson", "mode", mode, products.MODES)
 
     def init(params: PyTree) -> HutchinsonState:
         arguments.parameters("hutchinson", params)
@@ -128,61 +126,6 @@ def _one_probe(obj_fn: Callable, params: PyTree, key: jax.Array, probe: str, mod
         # Drawn in float32 at least, then rounded: the tangent must have the dtype of its parameter.
         [_PROBES[probe](k, p.shape, accumulator(p.dtype)).astype(p.dtype) for k, p in zip(keys, leaves, strict=True)]
     )
-    product = _hessian_vector_product(obj_fn, params, vector, mode)
+    remedy = "or gauss_newton_bartlett"
+    product = products.hessian_vector("hutchinson", "obj_fn", obj_fn, params, vector, mode, remedy)
     return jax.tree.map(lambda u, h: u.astype(accumulator(u.dtype)) * h.astype(accumulator(h.dtype)), vector, product)
-
-
-def _hessian_vector_product(obj_fn: Callable, params: PyTree, vector: PyTree, mode: str) -> PyTree:
-    """The Hessian times `vector` in the asked mode, or in the first mode that is not refused."""
-
-    def scalar(p: PyTree) -> jax.Array:
-        out = obj_fn(p)
-        remedy = "Return the loss alone, without auxiliary values."
-        single = isinstance(out, jax.Array) and jnp.issubdtype(out.dtype, jnp.floating)
-        got = tuple(out.shape) if hasattr(out, "shape") else type(out).__name__
-        scalar = single and out.shape == ()
-        checks.value("hutchinson", "obj_fn(params)", scalar, "be one real scalar", got, remedy, checks.ShapeError)
-        return out
-
-    gradient = jax.grad(scalar)
-
-    def forward() -> PyTree:
-        return jax.jvp(gradient, (params,), (vector,))[1]
-
-    def reverse() -> PyTree:
-        return jax.grad(lambda p: trees.vdot(gradient(p), vector))(params)
-
-    if mode != "auto":
-        return {"forward": forward, "reverse": reverse}[mode]()
-    try:
-        refused = _holds(jax.make_jaxpr(forward)().jaxpr, "custom_lin")
-        refusal = "a custom_vjp function has no forward-mode derivative"
-    except _REFUSALS as error:
-        refused, refusal = True, str(error)
-    if not refused:
-        return forward()
-    # An error of obj_fn itself comes out here, in its own words; what is left is a refusal of forward mode.
-    jax.eval_shape(gradient, params)
-    try:
-        return reverse()
-    except _REFUSALS as error:
-        got = f"in forward mode: {refusal}; in reverse mode: {error}"
-    remedy = "Use an implementation that can be differentiated twice, or gauss_newton_bartlett."
-    wanted = "be differentiable twice"
-    return checks.value("hutchinson", "obj_fn", False, wanted, got, remedy, NotImplementedError)
-
-
-def _holds(jaxpr: Any, name: str) -> bool:
-    """Whether a primitive occurs in a jaxpr or in one nested in it.
-
-    Inside jit, cond and scan, JAX notes the forward derivative of a custom_vjp function as the primitive
-    `custom_lin` and refuses it only when the program is lowered, too late to choose another mode.
-    """
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == name:
-            return True
-        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            nested = getattr(parameter, "jaxpr", parameter)
-            if hasattr(nested, "eqns") and _holds(nested, name):
-                return True
-    return False
