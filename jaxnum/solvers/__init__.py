@@ -7,4 +7,11 @@ from jaxnum.core.combinators import warm_started as warm_started
 from jaxnum.solvers.fixed_point._halpern import halpern as halpern
 from jaxnum.solvers.fixed_point._picard import picard as picard
 from jaxnum.solvers.linear._cg import cg as cg
+from jaxnum.solvers.linear._dcdm import dcdm as dcdm
+from jaxnum.solvers.linear._dcdm import dcdm_loss as dcdm_loss
+from jaxnum.solvers.linear._dcdm_network import dcdm_network as dcdm_network
+from jaxnum.solvers.linear._dcdm_network import init_dcdm_network as init_dcdm_network
+from jaxnum.solvers.linear._dcdm_network import linear_dcdm_network as linear_dcdm_network
+from jaxnum.solvers.linear._ritz_dataset import ritz_dataset as ritz_dataset
+from jaxnum.solvers.linear._train_dcdm import train_dcdm as train_dcdm
 from jaxnum.solvers.transport._sinkhorn import sinkhorn as sinkhorn

@@ -37,6 +37,10 @@ class SolverMember(NamedTuple):
         return jaxnum.solve(self.make(), x0, self.case.problem(params), **options)
 
 
+def _itself(params: Any, r: Any) -> Any:
+    return r
+
+
 SOLVERS = [
     SolverMember("picard", jaxnum.solvers.picard, ContractionCase()),
     SolverMember("damped picard", lambda: jaxnum.solvers.picard(damping=0.9), ContractionCase(), variant=True),
@@ -46,6 +50,7 @@ SOLVERS = [
     ),
     SolverMember("cg", jaxnum.solvers.cg, LinearCase()),
     SolverMember("flexible cg", lambda: jaxnum.solvers.cg(flexible=2), LinearCase(), variant=True),
+    SolverMember("dcdm", lambda: jaxnum.solvers.dcdm(_itself), LinearCase(), variant=True),
     SolverMember("sinkhorn", jaxnum.solvers.sinkhorn, TransportCase()),
     SolverMember("unbalanced sinkhorn", jaxnum.solvers.sinkhorn, TransportCase(0.7, 0.8)),
     SolverMember(

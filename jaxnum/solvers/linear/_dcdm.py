@@ -116,7 +116,7 @@ def dcdm_loss(direction: Callable, params: PyTree, A: Callable, b: PyTree) -> ja
       >>> float(jaxnum.solvers.dcdm_loss(lambda params, r: -3 * r, (), A, jnp.arange(3.0)))
       0.0
     """
-    unit, _ = _normalised(b)
+    unit, _ = normalised(b)
     d = direction(params, unit)
     checks.same_tree("dcdm_loss", ("b", b), dtypes=True, **{"direction(params, b)": d})
     q = A(d)
@@ -125,7 +125,7 @@ def dcdm_loss(direction: Callable, params: PyTree, A: Callable, b: PyTree) -> ja
     return trees.vdot(rest, rest)
 
 
-def _normalised(r: PyTree) -> tuple[PyTree, jax.Array]:
+def normalised(r: PyTree) -> tuple[PyTree, jax.Array]:
     """R / ||r|| and ||r||; zero stays zero."""
     norm = trees.norm(r)
     return trees.scaled(1 / jnp.where(norm > 0, norm, 1), r), norm
@@ -138,7 +138,7 @@ def _init(hyper: _Hyper, x: PyTree, problem: Linear) -> DCDMState:
 def _step(hyper: _Hyper, x: PyTree, state: DCDMState, problem: Linear) -> tuple[PyTree, DCDMState]:
     base = state.base
     ring = _cg.FlexibleCGState(*state[:-1])
-    unit, size = _normalised(base.r)
+    unit, size = normalised(base.r)
     d = hyper.direction(hyper.params, unit)
     checks.same_tree("dcdm", ("b", problem.b), dtypes=True, **{"direction(params, r)": d})
     p = problem.project(_cg.conjugate(d, ring, hyper.ring.size))
