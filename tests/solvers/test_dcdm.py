@@ -47,9 +47,10 @@ def iterates(solver, problem, steps):
 
 @pytest.mark.parametrize("keep", [1, 2])
 def test_the_identity_gives_conjugate_gradients(keep, x64):
+    # Sixteen steps: from there on the rounding of either method grows tenfold a step.
     problem = Linear(spd(1e3), jnp.asarray(B))
-    want = iterates(cg(), problem, 30)
-    np.testing.assert_allclose(iterates(dcdm(identity, keep=keep), problem, 30), want, atol=1e-8)
+    want = iterates(cg(), problem, 16)
+    np.testing.assert_allclose(iterates(dcdm(identity, keep=keep), problem, 16), want, atol=1e-8)
 
 
 def test_the_inverse_gives_the_solution_in_one_step(x64):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -125,21 +128,32 @@ def init_dcdm_network(
     for name, given in sizes.items():
         checks.value("init_dcdm_network", name, isinstance(given, int) and given >= 1, "be a Python int >= 1", given)
     kind = jnp.dtype(jnp.float32 if dtype is None else dtype)
-    keys = iter(jax.random.split(key, 2 * levels + 1))
+    return _draw(key, dimensions, filters, levels, pairs, coarse_pairs, kind)
 
-    def convolution(side: int, inputs: int, outputs: int, count: int | None = None) -> Convolution:
-        lead = () if count is None else (count, 3)
-        scale = (2 / (side**dimensions * inputs)) ** 0.5
-        weights = scale * jax.random.normal(next(keys), (*lead, *[side] * dimensions, inputs, outputs), kind)
-        return Convolution(weights, jnp.zeros((*lead, outputs), kind))
 
-    return DCDMNetwork(
-        first=convolution(3, 1, filters),
-        down=tuple(convolution(3, filters, filters, pairs) for _ in range(levels - 1)),
-        coarse=convolution(3, filters, filters, coarse_pairs),
-        up=tuple(convolution(3, filters, filters, pairs) for _ in range(levels - 1)),
-        last=convolution(1, filters, 1),
-    )
+@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5, 6))
+def _draw(
+    key: jax.Array, dimensions: int, filters: int, levels: int, pairs: int, coarse_pairs: int, kind: Any
+) -> DCDMNetwork:
+    def shape(side: int, inputs: int, outputs: int, count: int | None = None) -> tuple[int, ...]:
+        return (*(() if count is None else (count, 3)), *[side] * dimensions, inputs, outputs)
+
+    level = shape(3, filters, filters, pairs)
+    shapes = [shape(3, 1, filters), shape(3, filters, filters, coarse_pairs), shape(1, filters, 1)]
+    shapes += [level] * (2 * (levels - 1))
+    # One draw for all: each of its own would be a program to compile.
+    noise = jnp.split(jax.random.normal(key, (sum(map(math.prod, shapes)),), kind), _offsets(shapes))
+
+    def convolution(part: jax.Array, shape: tuple[int, ...]) -> Convolution:
+        scale = (2 / math.prod(shape[-2 - dimensions : -1])) ** 0.5
+        return Convolution(scale * part.reshape(shape), jnp.zeros((*shape[: -2 - dimensions], shape[-1]), kind))
+
+    first, coarse, last, *rest = map(convolution, noise, shapes)
+    return DCDMNetwork(first, tuple(rest[: levels - 1]), coarse, tuple(rest[levels - 1 :]), last)
+
+
+def _offsets(shapes: list[tuple[int, ...]]) -> list[int]:
+    return list(itertools.accumulate(map(math.prod, shapes)))[:-1]
 
 
 def _network(function: str, params: DCDMNetwork, r: jax.Array, activation: Callable | None) -> jax.Array:
