@@ -108,6 +108,8 @@ EXEMPT = {
     "empirical_fisher_product": "one push-forward and one pull-back of the user's losses, which cost what they cost",
     "attention_io": "a count of words on paper: nothing is traced or compiled",
     "ritz_dataset": "one run of lanczos, once before a training",
+    "convergent_graph_solver": "picard, which has a row, on one pass over the edges",
+    "convergent_graph_solver_weights": "one pass over the edges",
     "strict": "a check at trace time: it leaves no trace in the compiled update",
     "lightning_attention": "one call of linear_attention, which has a row",
     "lightning_attention_slopes": "a few numbers a model",

@@ -4,6 +4,10 @@ from jaxnum.core.combinators import phase as phase
 from jaxnum.core.combinators import restarted as restarted
 from jaxnum.core.combinators import then as then
 from jaxnum.core.combinators import warm_started as warm_started
+from jaxnum.solvers.fixed_point._convergent_graph_solver import convergent_graph_solver as convergent_graph_solver
+from jaxnum.solvers.fixed_point._convergent_graph_solver import (
+    convergent_graph_solver_weights as convergent_graph_solver_weights,
+)
 from jaxnum.solvers.fixed_point._halpern import halpern as halpern
 from jaxnum.solvers.fixed_point._picard import picard as picard
 from jaxnum.solvers.linear._cg import cg as cg
