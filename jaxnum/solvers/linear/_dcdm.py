@@ -108,6 +108,9 @@ def dcdm_loss(direction: Callable, params: PyTree, A: Callable, b: PyTree) -> ja
     Returns:
       Real scalar >= 0, differentiable in params.
 
+    Raises:
+      TreeError, ShapeError, DtypeError: direction does not return a tree like b.
+
     Source: Kaneda et al. (ICML 2023), section 4.1.
 
     Example:

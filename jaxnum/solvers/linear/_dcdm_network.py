@@ -122,6 +122,15 @@ def init_dcdm_network(
 
     Raises:
       ValueError: an argument out of its range.
+
+    Source: Kaneda et al. (ICML 2023), figure 2; He, Zhang, Ren & Sun (2015) for the initialisation.
+
+    Example:
+      >>> import jax
+      >>> from jaxnum.solvers import init_dcdm_network
+      >>> params = init_dcdm_network(jax.random.key(0), filters=4, levels=3)
+      >>> len(params.down), params.coarse.weights.shape
+      (2, (3, 3, 3, 3, 4, 4))
     """
     checks.choice("init_dcdm_network", "dimensions", dimensions, (2, 3))
     sizes = {"filters": filters, "levels": levels, "pairs": pairs, "coarse_pairs": coarse_pairs}
