@@ -46,7 +46,7 @@ def projection(params: Params):
 
 
 def breakdown() -> dict[str, float]:
-    """Largest error of the Ritz values of matrices with few eigenvalues, and of the rank; matfree on A = 2I beside it."""
+    """Largest error of the Ritz values of matrices with few eigenvalues, and of the rank; matfree on 2I beside it."""
     import numpy as np
     from matfree import decomp
 
