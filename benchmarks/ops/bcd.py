@@ -1,4 +1,4 @@
-"""Block coordinate descent on sparse least squares: how many steps each rule needs, and time beside scikit-learn's lasso.
+"""Block coordinate descent on sparse least squares: how many steps each rule needs; scikit-learn's lasso.
 
 The steps are counted to a relative gap of 1e-3 and averaged over ten instances; scikit-learn's coordinate descent, with
 no penalty to speak of, is cyclic over single coordinates and stops by another rule.
@@ -15,13 +15,13 @@ N, D, TAU, GAP, LIMIT = 200, 100, 5, 1e-3, 600
 
 
 def instance(seed: int, n: int = N, d: int = D):
-    """Columns scaled by lognormal(0, 1), density 10 log(n) / n."""
+    """Columns scaled by lognormal(0, 1), density 10 log(n) / n; the data of a normal x, with normal noise."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
     A = rng.normal(size=(n, d)) * rng.lognormal(size=d)
     A = A * (rng.uniform(size=(n, d)) < 10 * math.log(n) / n)
-    return A, rng.normal(size=n)
+    return A, A @ rng.normal(size=d) + rng.normal(size=n)
 
 
 def make(params: Params) -> tuple:
@@ -79,7 +79,7 @@ def rules() -> dict[str, float]:
     instances = [instance(seed) for seed in range(10)]
     figures = {}
     for update in ("gradient", "matrix"):
-        for rule in ("random", "gs", "gsd", "gsl", "gsq"):
+        for rule in ("random", "gs", "gsd", "gsl"):
             solvers = [
                 bcd(selection=rule, update=update, block_size=TAU, hessian=A.T @ A, key=jax.random.key(0))
                 for A, _ in instances

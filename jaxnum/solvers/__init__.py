@@ -9,4 +9,5 @@ from jaxnum.solvers.fixed_point._picard import picard as picard
 from jaxnum.solvers.linear._cg import cg as cg
 from jaxnum.solvers.minimize._bcd import bcd as bcd
 from jaxnum.solvers.minimize._bcd import bcd_partition as bcd_partition
+from jaxnum.solvers.minimize._newton_cg import newton_cg as newton_cg
 from jaxnum.solvers.transport._sinkhorn import sinkhorn as sinkhorn

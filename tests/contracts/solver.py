@@ -51,6 +51,7 @@ SOLVERS = [
     SolverMember(
         "scaled sinkhorn", lambda: jaxnum.solvers.sinkhorn(epsilon_scaling=0.5), TransportCase(), variant=True
     ),
+    SolverMember("newton_cg", jaxnum.solvers.newton_cg, MinimizeCase(), variant=True),
     SolverMember("bcd", lambda: jaxnum.solvers.bcd(block_size=2), MinimizeCase()),
 ]
 
