@@ -9,5 +9,8 @@ from jaxnum.solvers.fixed_point._picard import picard as picard
 from jaxnum.solvers.linear._cg import cg as cg
 from jaxnum.solvers.minimize._bcd import bcd as bcd
 from jaxnum.solvers.minimize._bcd import bcd_partition as bcd_partition
+from jaxnum.solvers.minimize._forest_solve import Forest as Forest
+from jaxnum.solvers.minimize._forest_solve import forest_solve as forest_solve
+from jaxnum.solvers.minimize._forest_solve import forest_solve_order as forest_solve_order
 from jaxnum.solvers.minimize._newton_cg import newton_cg as newton_cg
 from jaxnum.solvers.transport._sinkhorn import sinkhorn as sinkhorn
