@@ -68,7 +68,7 @@ def forest_solve_order(A: Any, *, scores: Any = None) -> Forest:
         neighbours[i].add(j)
     symmetric = all(i in neighbours[j] for i in range(d) for j in neighbours[i])
     checks.value("forest_solve_order", "A", symmetric, "have a symmetric pattern", "another", "Pass (A + A.T) / 2.")
-    order = range(d) if scores is None else np.argsort(-np.asarray(scores), kind="stable").tolist()
+    order = range(d) if scores is None else np.argsort(-np.asarray(scores, np.float64), kind="stable").tolist()
     return _levels(neighbours, _grown(neighbours, order), order)
 
 
