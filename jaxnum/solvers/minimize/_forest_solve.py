@@ -57,11 +57,15 @@ def forest_solve_order(A: Any, *, scores: Any = None) -> Forest:
       >>> forest_solve_order(triangle).mask.tolist()
       [True, True, False]
     """
-    coo = A.tocoo() if hasattr(A, "tocoo") else None
+    triples = A.tocoo() if hasattr(A, "tocoo") else None
     checks.shape("forest_solve_order", A=(A, "D D"), scores=(scores, "D"))
     d = A.shape[0]
     checks.value("forest_solve_order", "A", d > 0, "have at least one row", d)
-    rows, columns = np.nonzero(np.asarray(A)) if coo is None else (coo.row[coo.data != 0], coo.col[coo.data != 0])
+    rows, columns = (
+        np.nonzero(np.asarray(A))
+        if triples is None
+        else (triples.row[triples.data != 0], triples.col[triples.data != 0])
+    )
     off = rows != columns
     neighbours: list[set[int]] = [set() for _ in range(d)]
     for i, j in zip(rows[off].tolist(), columns[off].tolist(), strict=True):
