@@ -47,7 +47,7 @@ def run(params: Params):
 def sklearn(params: Params):
     from sklearn.linear_model import Lasso
 
-    model = Lasso(alpha=1e-12, fit_intercept=False, tol=1e-12, max_iter=100_000)
+    model = Lasso(alpha=1e-12, fit_intercept=False, tol=1e-8, max_iter=100_000)
     return lambda A, b: model.fit(A, b).coef_
 
 

@@ -11,6 +11,7 @@ import jaxnum
 from jaxnum import Minimize, Status
 from jaxnum.solvers import bcd, bcd_partition
 from jaxnum.solvers.minimize import selection as rules
+from tests.compiles import count_compiles
 
 D, TAU = 10, 3
 EVERY = np.array(list(itertools.combinations(range(D), TAU)), np.int32)
@@ -61,19 +62,18 @@ def test_the_chosen_block_is_the_best_of_all(rule, x64):
 def test_variable_blocks_against_brute_force(rule, x64):
     """Where the score is a sum, the best of all blocks; hard thresholding comes near it."""
     hits, share = 0, []
-    for seed in range(8):
+    for seed in range(5):
         A, b, H, f = quadratic(seed)
         score = by_hand(rule, -A.T @ b, H)
         after = one_step(bcd(selection=rule, update="matrix", block_size=TAU, hessian=H), f, jnp.zeros(D))
         got = score[[tuple(B) == tuple(np.flatnonzero(after)) for B in EVERY.tolist()]].item()
         hits += got == score.max()
         share.append(got / score.max())
-    assert hits == 8 or rule == "gsq"
+    assert hits == 5 or rule == "gsq"
     assert np.mean(share) > 0.8
 
 
-@pytest.mark.parametrize("update", ["newton", "matrix", "gradient"])
-@pytest.mark.parametrize("fixed", [False, True], ids=["variable", "fixed"])
+@pytest.mark.parametrize(("update", "fixed"), [("newton", True), ("matrix", False), ("gradient", False)])
 def test_least_squares(update, fixed, x64):
     A, b, H, f = quadratic(3)
     blocks = bcd_partition(np.diag(H), 4) if fixed else None
@@ -82,8 +82,7 @@ def test_least_squares(update, fixed, x64):
     np.testing.assert_allclose(solution.x, np.linalg.lstsq(A, b)[0], atol=1e-8)
 
 
-@pytest.mark.parametrize("selection", ["cyclic", "random"])
-@pytest.mark.parametrize("fixed", [False, True], ids=["variable", "fixed"])
+@pytest.mark.parametrize(("selection", "fixed"), [("cyclic", False), ("random", True)])
 def test_rules_that_ignore_the_gradient_reach_every_coordinate(selection, fixed, key, x64):
     A, b, H, f = quadratic(4)
     blocks = bcd_partition(np.diag(H), 4, order="average") if fixed else None
@@ -166,8 +165,6 @@ def test_bounds_and_blocks_of_another_size():
 
 def test_one_compilation_for_other_bounds(x64):
     """Bounds and blocks are leaves: another problem of the same shapes compiles nothing."""
-    from tests.compiles import count_compiles
-
     problems = [quadratic(seed) for seed in (7, 8)]
     solvers = [bcd(selection="gsd", hessian=H, block_size=4) for _, _, H, _ in problems]
     f = lambda x, A, b: 0.5 * jnp.sum((A @ x - b) ** 2)  # noqa: E731
