@@ -99,6 +99,7 @@ EXEMPT = {
     "warm_started": "a combinator: it adds no arithmetic of its own",
     "hutchinson": "one Hessian-vector product of the user's loss, which costs what the loss costs",
     "gauss_newton_bartlett": "one gradient of the user's model, which costs what the model costs",
+    "newton_cg": "gradients and Hessian products of the user's f, which cost what f costs",
     "hutchinson_trace": "matfree's estimator on the user's operator, which costs what the operator costs",
     "hutchinson_diagonal": "matfree's estimator on the user's operator, which costs what the operator costs",
     "spectral_density": "one lanczos, which has a row, for each probe",

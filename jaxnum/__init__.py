@@ -21,6 +21,7 @@ from jaxnum.core.status import Status as Status
 from jaxnum.core.status import sentence as sentence
 from jaxnum.verbs import fixed_point as fixed_point
 from jaxnum.verbs import linear_solve as linear_solve
+from jaxnum.verbs import minimize as minimize
 from jaxnum.verbs import transport as transport
 
 __version__ = "0.1.0"

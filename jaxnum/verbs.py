@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxnum.core.costs import Cost, DenseCost
-from jaxnum.core.problems import FixedPoint, Linear, Transport
+from jaxnum.core.problems import FixedPoint, Linear, Minimize, Transport
 from jaxnum.core.solver import Phases, Solution, Solver, drive
 from jaxnum.solvers.fixed_point._picard import picard
 from jaxnum.solvers.linear._cg import cg
+from jaxnum.solvers.minimize._newton_cg import newton_cg
 from jaxnum.solvers.transport._sinkhorn import sinkhorn
 from kernels_pallas import checks
 
@@ -141,6 +142,71 @@ def linear_solve(
         cg() if solver is None else solver,
         jax.tree.map(jnp.zeros_like, b) if x0 is None else x0,
         Linear(A, b, preconditioner, null_space),
+        rtol=rtol,
+        atol=atol,
+        max_steps=max_steps,
+        check_every=check_every,
+        history=history,
+        adjoint=adjoint,
+        checkpoint_every=checkpoint_every,
+        progress=progress,
+        on_failure=on_failure,
+    )
+
+
+def minimize(
+    f: Callable,
+    x0: PyTree,
+    *args: PyTree,
+    solver: Solver | Phases | None = None,
+    rtol: Any = None,
+    atol: Any = None,
+    max_steps: int | None = None,
+    check_every: int | None = None,
+    history: bool = False,
+    adjoint: str = "implicit",
+    checkpoint_every: int | None = None,
+    progress: Any = None,
+    on_failure: str = "raise",
+) -> Solution:
+    """Find a local minimum of f(x, *args) over x, without constraints.
+
+    Args:
+      f: smooth real scalar function of a pytree of floating-point arrays. Arrays it captures are differentiated; a
+        captured Python scalar that varies from call to call recompiles: pass it in `args`.
+      x0: starting point.
+      *args: further arguments of f, differentiable.
+      solver: default `jaxnum.solvers.newton_cg()`, which needs no bounds and no dense Hessian; `jaxnum.solvers.bcd()`
+        moves a few coordinates a step.
+      rtol: stop at |gradient| <= atol + rtol, in units of f over x: set it to what is small for this f; see
+        `jaxnum.solve`.
+      atol: see `jaxnum.solve`.
+      max_steps: see `jaxnum.solve`.
+      check_every: see `jaxnum.solve`.
+      history: see `jaxnum.solve`.
+      adjoint: see `jaxnum.solve`.
+      checkpoint_every: see `jaxnum.solve`.
+      progress: see `jaxnum.solve`.
+      on_failure: see `jaxnum.solve`.
+
+    Returns:
+      A `jaxnum.Solution`.
+
+    Raises:
+      ShapeError, DtypeError: f(x0) is not one real scalar.
+      SolverError: an eager call that did not converge.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxnum
+      >>> solution = jaxnum.minimize(lambda x, a: jnp.sum(jnp.cosh(x - a)), jnp.zeros(2), 3.0)
+      >>> solution.x.round(3).tolist()
+      [3.0, 3.0]
+    """
+    return drive(
+        "minimize",
+        newton_cg() if solver is None else solver,
+        x0,
+        Minimize(f, args),
         rtol=rtol,
         atol=atol,
         max_steps=max_steps,

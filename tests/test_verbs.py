@@ -18,10 +18,16 @@ A = jnp.diag(jnp.arange(1.0, 7.0))
 WEIGHTS = jnp.full(6, 1 / 6)
 COST = (X[:, None] - X[None] + 0.5) ** 2
 
+
+def bowl(x):
+    return jnp.sum(jnp.cosh(x)) + jnp.sum(x) ** 2
+
+
 # verb: (its positional arguments, its default solver, its problem, its default start)
 CASES = {
     "fixed_point": ((jnp.cos, X), solvers.picard(), jaxnum.FixedPoint(jnp.cos), X),
     "linear_solve": ((A, X), solvers.cg(), jaxnum.Linear(A, X), jnp.zeros(6)),
+    "minimize": ((bowl, X), solvers.newton_cg(), jaxnum.Minimize(bowl), X),
     "transport": (
         (COST, WEIGHTS, WEIGHTS, 0.1),
         solvers.sinkhorn(),

@@ -26,8 +26,8 @@ def run(params: Params):
 
 
 def difference(params: Params):
-    """Central differences of the gradient, good to about 1e-9: an oracle without a second derivative."""
-    step = 1e-5
+    """Central differences of the gradient, good to about 1e-8: an oracle without a second derivative."""
+    step = 1e-6
 
     def product(weights, v, x, y):
         ahead, behind = (

@@ -41,7 +41,7 @@ def hutchinson_trace(op: Any, like: PyTree, key: jax.Array, *, num_probes: int =
     Example:
       >>> import jax, jax.numpy as jnp
       >>> mean, error = hutchinson_trace(jnp.diag(jnp.arange(4.0)), jnp.zeros(4), jax.random.key(0))
-      >>> float(mean), float(error)
-      (6.0, 0.0)
+      >>> print(f"{mean:.4f} {error:.4f}")
+      6.0000 0.0000
     """
     return monte_carlo.mean_and_error("hutchinson_trace", "monte_carlo_trace", op, like, key, num_probes)

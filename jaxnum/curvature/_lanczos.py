@@ -80,8 +80,8 @@ def lanczos(op: Any, v0: PyTree, num_steps: int, *, tol: float | jax.Array | Non
     Example:
       >>> import jax.numpy as jnp
       >>> result = lanczos(2 * jnp.eye(8), jnp.arange(8.0), 6)
-      >>> int(result.rank), result.values[0].item()
-      (1, 2.0)
+      >>> print(int(result.rank), f"{result.values[0]:.4f}")
+      1 2.0000
     """
     ok = isinstance(num_steps, int) and not isinstance(num_steps, bool) and num_steps >= 1
     checks.value("lanczos", "num_steps", ok, "be a Python int >= 1", num_steps, "It fixes the shape of the basis.")

@@ -18,4 +18,10 @@ from jaxnum.solvers.linear._dcdm_network import init_dcdm_network as init_dcdm_n
 from jaxnum.solvers.linear._dcdm_network import linear_dcdm_network as linear_dcdm_network
 from jaxnum.solvers.linear._ritz_dataset import ritz_dataset as ritz_dataset
 from jaxnum.solvers.linear._train_dcdm import train_dcdm as train_dcdm
+from jaxnum.solvers.minimize._bcd import bcd as bcd
+from jaxnum.solvers.minimize._bcd import bcd_partition as bcd_partition
+from jaxnum.solvers.minimize._forest_solve import Forest as Forest
+from jaxnum.solvers.minimize._forest_solve import forest_solve as forest_solve
+from jaxnum.solvers.minimize._forest_solve import forest_solve_order as forest_solve_order
+from jaxnum.solvers.minimize._newton_cg import newton_cg as newton_cg
 from jaxnum.solvers.transport._sinkhorn import sinkhorn as sinkhorn

@@ -17,7 +17,7 @@ import jaxnum
 from jaxnum import Status
 from jaxnum.core.solver import Solver
 from tests.compiles import count_compiles
-from tests.contracts.solver_problems import ContractionCase, LinearCase, TransportCase
+from tests.contracts.solver_problems import ContractionCase, LinearCase, MinimizeCase, TransportCase
 from tests.tolerances import tolerance
 
 
@@ -56,6 +56,8 @@ SOLVERS = [
     SolverMember(
         "scaled sinkhorn", lambda: jaxnum.solvers.sinkhorn(epsilon_scaling=0.5), TransportCase(), variant=True
     ),
+    SolverMember("newton_cg", jaxnum.solvers.newton_cg, MinimizeCase(), variant=True),
+    SolverMember("bcd", lambda: jaxnum.solvers.bcd(block_size=2), MinimizeCase()),
 ]
 
 TIGHT = {"rtol": 1e-13, "atol": 1e-13}

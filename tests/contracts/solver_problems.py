@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxnum
-from jaxnum import DenseCost, FixedPoint, Linear, Status, Transport
+from jaxnum import DenseCost, FixedPoint, Linear, Minimize, Status, Transport
 
 
 class Case:
@@ -248,3 +248,60 @@ class PoisonedCost(DenseCost):
 
     def lse_rows(self, v: Any, epsilon: Any) -> Any:
         return jnp.where(jnp.any(v != 0), jnp.nan, super().lse_rows(v, epsilon))
+
+
+class MinimizeCase(Case):
+    """A convex function of two leaves, a captured vector, and a block that no parameter of the test perturbs."""
+
+    condition = 30.0
+
+    def params(self, dtype: str, seed: int = 0) -> Any:
+        rng = np.random.default_rng(seed)
+        return {"G": jnp.asarray(rng.normal(size=(4, 4)), dtype), "b": jnp.asarray(rng.normal(size=4), dtype)}
+
+    def problem(self, params: Any) -> Minimize:
+        b = params["b"]  # captured, not passed
+        return Minimize(lambda x, G: _quartic(x, G, b), (params["G"],))
+
+    def explicit(self, params: Any) -> Any:
+        return self.start(params), Minimize(_quartic, (params["G"], params["b"]))
+
+    def start(self, params: Any) -> Any:
+        return {"u": jnp.zeros_like(params["b"]), "v": jnp.zeros_like(params["b"][:2])}
+
+    def reference(self, params: Any) -> Any:
+        """Newton's method in NumPy on the gradient written by hand."""
+        G, b = (np.asarray(params[k], np.float64) for k in ("G", "b"))
+        A, u = G @ G.T / 4 + np.eye(4), np.zeros(4)
+        for _ in range(50):
+            u = u - np.linalg.solve(A + np.diag(0.3 * u**2), A @ u + 0.1 * u**3 - b)
+        return {"u": u, "v": np.ones(2)}
+
+    def failures(self, params: Any) -> dict:
+        problem, x0 = self.problem(params), self.start(params)
+        unbounded = Minimize(lambda x: -jnp.sum(jnp.exp(x["u"] ** 2)))
+        ones = jax.tree.map(jnp.ones_like, x0)
+        return {
+            Status.max_steps: (problem, x0, {"max_steps": 1}),
+            Status.nonfinite: (unbounded, ones, {}),
+            Status.stagnated: (problem, x0, {"rtol": 1e-30}),
+        }
+
+    def poisoned(self, params: Any) -> Any:
+        """A gradient that is NaN as soon as an iterate exceeds one half, where f is finite."""
+        edge = lambda x: jnp.sqrt(jnp.maximum(0.5 - jnp.max(x), 0))  # noqa: E731
+        return Minimize(lambda x: jnp.sum((x - 1) ** 2) + 0.1 * edge(x)), jnp.zeros(3)
+
+    def sharded_params(self, dtype: str) -> Any:
+        return {"c": jnp.linspace(0.1, 0.9, 4, dtype=dtype)}
+
+    def sharded_solve(self, solver: Any, params: Any, options: Any) -> Any:
+        c = params["c"]
+        f = lambda x: jnp.sum(jnp.cosh(x["u"] - c)) + 0.1 * jnp.sum(x["u"]) ** 2  # noqa: E731
+        return jaxnum.solve(solver, {"u": jnp.zeros_like(c)}, Minimize(f), on_failure="return", **options)
+
+
+def _quartic(x: Any, G: Any, b: Any) -> Any:
+    u, v = x["u"], x["v"]
+    w = jnp.sum(G * u[:, None], axis=0)
+    return jnp.sum(w**2) / 8 + jnp.sum(u**2) / 2 + jnp.sum(u**4) / 40 - jnp.sum(b * u) + jnp.sum((v - 1) ** 2)

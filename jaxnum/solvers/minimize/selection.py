@@ -1,0 +1,116 @@
+"""Which block of coordinates a step of block coordinate descent takes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_THRESHOLDINGS = 10
+
+
+class Block(NamedTuple):
+    """Coordinates [tau] int32, and which of them are meant; the others hold 0."""
+
+    index: jax.Array
+    mask: jax.Array
+
+    def of(self, vector: jax.Array) -> jax.Array:
+        """Its entries of a vector, zero where none is meant."""
+        return jnp.where(self.mask, vector[self.index], 0)
+
+    def matrix(self, H: jax.Array) -> jax.Array:
+        """Its rows and columns of a matrix; see `padded`."""
+        return self.padded(H[self.index][:, self.index])
+
+    def padded(self, H: jax.Array) -> jax.Array:
+        """A matrix [tau, tau] with a multiple of the identity where no coordinate is meant."""
+        both = self.mask[:, None] & self.mask
+        # Of the size of the rest, lest it make the rest look singular.
+        largest = jnp.max(jnp.where(both, jnp.abs(H), 0))
+        return jnp.where(both, H, jnp.where(largest > 0, largest, 1) * jnp.eye(len(self.index), dtype=H.dtype))
+
+    def spread(self, entries: jax.Array, size: int) -> jax.Array:
+        """The vector [size] with these entries, zero elsewhere."""
+        return jnp.zeros((size,), entries.dtype).at[self.index].add(jnp.where(self.mask, entries, 0))
+
+
+def fixed(blocks: jax.Array) -> Block:
+    """All fixed blocks [K, tau] as one Block with a leading axis."""
+    return Block(jnp.maximum(blocks, 0), blocks >= 0)
+
+
+def choose_fixed(rule: str, blocks: jax.Array, g: jax.Array, bounds: Any, H: Any, count: jax.Array, key: Any) -> Block:
+    """The fixed block of the largest score, the next one, or a random one.
+
+    Args:
+      rule: a selection of `bcd`.
+      blocks: [K, tau] int32, -1 where a block is shorter.
+      g: [d] gradient.
+      bounds: [d] what divides the squares, or None.
+      H: [d, d] what measures the promised decrease, or None.
+      count: [] int32 steps taken.
+      key: typed key, or None.
+    """
+    all_blocks, number = fixed(blocks), blocks.shape[0]
+    if rule == "cyclic":
+        chosen = count % number
+    elif rule == "random":
+        chosen = jax.random.randint(jax.random.fold_in(key, count), (), 0, number, jnp.int32)
+    else:
+        chosen = jnp.argmax(scores(rule, all_blocks, g, bounds, H))
+    return Block(all_blocks.index[chosen], all_blocks.mask[chosen])
+
+
+def scores(rule: str, blocks: Block, g: jax.Array, bounds: Any, H: Any) -> jax.Array:
+    """The score of every block, twice the decrease that a step on it guarantees.  [K]"""
+    gradients = jax.vmap(lambda b: b.of(g))(blocks)
+    squares = gradients**2
+    if rule == "gs":
+        return jnp.sum(squares, axis=1)
+    if rule == "gsd":
+        return jnp.sum(squares / jax.vmap(lambda b: jnp.where(b.mask, bounds[b.index], 1))(blocks), axis=1)
+    if rule == "gsl":
+        return jnp.sum(squares, axis=1) / jax.vmap(lambda b: block_bound(b, bounds, H))(blocks)
+    return jax.vmap(lambda b, gb: gb @ jnp.linalg.solve(b.matrix(H), gb))(blocks, gradients)
+
+
+def block_bound(block: Block, bounds: Any, H: Any) -> jax.Array:
+    """L_B: the largest eigenvalue of the block of the bound, or the sum of the coordinates' bounds.  []"""
+    if H is None:
+        return jnp.sum(block.of(bounds))
+    both = block.mask[:, None] & block.mask
+    return jnp.linalg.eigvalsh(jnp.where(both, H[block.index][:, block.index], 0))[-1]
+
+
+def choose_variable(rule: str, size: int, g: jax.Array, bounds: Any, H: Any, count: jax.Array, key: Any) -> Block:
+    """The `size` coordinates that score most, of all; see `choose_fixed`."""
+    if rule == "cyclic":
+        index = (count * size + jnp.arange(size, dtype=jnp.int32)) % g.size
+    elif rule == "random":
+        index = jax.random.permutation(jax.random.fold_in(key, count), g.size)[:size].astype(jnp.int32)
+    elif rule in ("gsq", "gsn"):
+        index = thresholded(size, g, H)
+    else:
+        score = jnp.abs(g) if rule == "gs" else jnp.abs(g) / jnp.sqrt(bounds)
+        index = jax.lax.top_k(score, size)[1]
+    return Block(index, jnp.ones((size,), bool))
+
+
+def thresholded(size: int, g: jax.Array, H: jax.Array) -> jax.Array:
+    """Coordinates of iterative hard thresholding on g.d + 0.5 d.H d: gradient steps that keep the largest |d|.  [size]
+
+    The step is the inverse of the largest row sum of |H|, which bounds its eigenvalues.
+    """
+    rows = jnp.max(jnp.sum(jnp.abs(H), axis=1))
+    step = 1 / jnp.where(rows == 0, 1, rows)
+    diagonal = jnp.abs(jnp.diag(H))
+    start = -g / jnp.sqrt(jnp.where(diagonal == 0, 1, diagonal))
+
+    def turn(_: Any, d: jax.Array) -> jax.Array:
+        d = d - step * (g + H @ d)
+        kept = jax.lax.top_k(jnp.abs(d), size)[1]
+        return jnp.zeros_like(d).at[kept].set(d[kept])
+
+    return jax.lax.top_k(jnp.abs(jax.lax.fori_loop(0, _THRESHOLDINGS, turn, start)), size)[1]
