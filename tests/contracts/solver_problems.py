@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -170,6 +170,30 @@ class LinearCase(Case):
         d, b = params["d"], params["b"]
         A = lambda v: d * v + 0.1 * jnp.sum(v)  # noqa: E731
         return jaxnum.solve(solver, jnp.zeros_like(b), Linear(A, b), on_failure="return", **options)
+
+
+class NonsymmetricCase(LinearCase):
+    """The same with an A that is not symmetric, and a singular system as the breakdown."""
+
+    @staticmethod
+    def matrix(params: Any) -> Any:
+        G = params["G"]
+        return 0.3 * G + 2 * jnp.eye(5, dtype=G.dtype)
+
+    def problem(self, params: Any) -> Linear:
+        return replace(super().problem(params), symmetric=False)
+
+    def explicit(self, params: Any) -> Any:
+        x0, problem = super().explicit(params)
+        return x0, replace(problem, symmetric=False)
+
+    def reference(self, params: Any) -> Any:
+        p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+        return np.linalg.solve(0.3 * p["G"] + 2 * np.eye(5), p["b"])
+
+    def failures(self, params: Any) -> dict:
+        singular = Linear(jnp.diag(jnp.array([1.0, 0.0])), jnp.ones(2), symmetric=False)
+        return super().failures(params) | {Status.breakdown: (singular, jnp.zeros(2), {})}
 
 
 class TransportCase(Case):
