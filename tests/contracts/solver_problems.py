@@ -184,8 +184,13 @@ class NonsymmetricCase(LinearCase):
         return replace(super().problem(params), symmetric=False)
 
     def explicit(self, params: Any) -> Any:
-        x0, problem = super().explicit(params)
-        return x0, replace(problem, symmetric=False)
+        # Both blocks: without the second, a method that restarts takes another number of steps.
+        A = jax.scipy.linalg.block_diag(self.matrix(params), 2 * jnp.eye(2, dtype=params["G"].dtype))
+        b = jnp.concatenate([params["b"], jnp.ones((2,), params["b"].dtype)])
+        return jnp.zeros_like(b), Linear(A, b, symmetric=False)
+
+    def observe(self, params: Any, x: Any) -> Any:
+        return x["u"] if isinstance(x, dict) else x[:5]
 
     def reference(self, params: Any) -> Any:
         p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
@@ -193,7 +198,11 @@ class NonsymmetricCase(LinearCase):
 
     def failures(self, params: Any) -> dict:
         singular = Linear(jnp.diag(jnp.array([1.0, 0.0])), jnp.ones(2), symmetric=False)
-        return super().failures(params) | {Status.breakdown: (singular, jnp.zeros(2), {})}
+        skew = jnp.eye(30) + 0.3 * (jnp.eye(30, k=1) - jnp.eye(30, k=-1))
+        return super().failures(params) | {
+            Status.breakdown: (singular, jnp.zeros(2), {}),
+            Status.stagnated: (Linear(skew, jnp.arange(30.0) / 7, symmetric=False), jnp.zeros(30), {"rtol": 1e-17}),
+        }
 
 
 class TransportCase(Case):
