@@ -8,4 +8,6 @@ from jaxnum.solvers.fixed_point._halpern import halpern as halpern
 from jaxnum.solvers.fixed_point._picard import picard as picard
 from jaxnum.solvers.linear._cg import cg as cg
 from jaxnum.solvers.linear._gcro_dr import gcro_dr as gcro_dr
+from jaxnum.solvers.linear._newton_schulz import newton_schulz as newton_schulz
+from jaxnum.solvers.linear._newton_schulz import newton_schulz_regression as newton_schulz_regression
 from jaxnum.solvers.transport._sinkhorn import sinkhorn as sinkhorn
