@@ -10,4 +10,6 @@ from jaxnum.solvers.linear._cg import cg as cg
 from jaxnum.solvers.linear._gcro_dr import gcro_dr as gcro_dr
 from jaxnum.solvers.linear._newton_schulz import newton_schulz as newton_schulz
 from jaxnum.solvers.linear._newton_schulz import newton_schulz_regression as newton_schulz_regression
+from jaxnum.solvers.linear._skr import skr as skr
+from jaxnum.solvers.linear._skr import skr_order as skr_order
 from jaxnum.solvers.transport._sinkhorn import sinkhorn as sinkhorn

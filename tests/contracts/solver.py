@@ -46,7 +46,7 @@ SOLVERS = [
     ),
     SolverMember("cg", jaxnum.solvers.cg, LinearCase()),
     SolverMember("flexible cg", lambda: jaxnum.solvers.cg(flexible=2), LinearCase(), variant=True),
-    SolverMember("gcro_dr", lambda: jaxnum.solvers.gcro_dr(m=4, k=2), NonsymmetricCase()),
+    SolverMember("gcro_dr", lambda: jaxnum.solvers.gcro_dr(m=4, k=2), NonsymmetricCase(), variant=True),
     SolverMember("sinkhorn", jaxnum.solvers.sinkhorn, TransportCase()),
     SolverMember("unbalanced sinkhorn", jaxnum.solvers.sinkhorn, TransportCase(0.7, 0.8)),
     SolverMember(
