@@ -39,7 +39,7 @@ def skr(
 
     The systems are taken in the order of `skr_order(params)` and the results put back. Sorting is worth little beside
     recycling: on the 40 Darcy systems of the benchmark recycling saves 45 % of GMRES(40)'s products in the given
-    order, sorting 1 to 4 % more. It gains where the parameters form tight clouds.
+    order, sorting 5 % more of what is left. It gains where the parameters form tight clouds.
 
     Args:
       make: `make(p) -> jaxnum.Linear` with symmetric=False, traced once; p is one member of `params`.
