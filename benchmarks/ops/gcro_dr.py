@@ -58,7 +58,7 @@ def matrix(theta, n: int):
     inner = y[:, 1:].copy()
     inner[:, -1] = 0
     right = -inner.ravel()[:-1]
-    return scipy.sparse.diags([diagonal, down, down, right, right], [0, n, -n, 1, -1]).tocsr()
+    return scipy.sparse.diags([diagonal, down, down, right, right], (0, n, -n, 1, -1)).tocsr()  # pyright: ignore[reportArgumentType]
 
 
 def solve_all(thetas, n: int, *, m: int = 40, k: int = 10, order=None):
@@ -96,18 +96,21 @@ def scipys(thetas, n: int, solve, products: list | None = None):
     import scipy.sparse
     import scipy.sparse.linalg
 
+    class Counted(scipy.sparse.linalg.LinearOperator):
+        def __init__(self, A):
+            super().__init__(A.dtype, A.shape)
+            self.A, self.seen = A, 0
+
+        def _matvec(self, x):
+            self.seen += 1
+            return self.A @ x
+
     b, solutions = np.full(n * n, 1 / n**2), []
     for theta in thetas:
-        A, seen = matrix(theta, n), [0]
-
-        def matvec(v, A=A, seen=seen):
-            seen[0] += 1
-            return A @ v
-
-        operator = scipy.sparse.linalg.LinearOperator(A.shape, matvec, dtype=float)
-        solutions.append(solve(operator, b, scipy.sparse.diags(1 / A.diagonal()))[0].reshape(n, n))
+        operator = Counted(matrix(theta, n))
+        solutions.append(solve(operator, b, scipy.sparse.diags(1 / operator.A.diagonal()))[0].reshape(n, n))
         if products is not None:
-            products.append(seen[0])
+            products.append(operator.seen)
     return np.stack(solutions)
 
 

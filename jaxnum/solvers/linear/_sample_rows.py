@@ -38,9 +38,9 @@ def sample_rows(key: jax.Array, scores: jax.Array, m: int, *, p: Any = 2.0) -> t
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxnum
-      >>> rows, weights = jaxnum.solvers.sample_rows(jax.random.key(0), jnp.array([0.0, 1.0]), 3)
-      >>> rows.tolist(), weights.round(3).tolist()
-      ([1, 1, 1], [0.577, 0.577, 0.577])
+      >>> rows, weights = jaxnum.solvers.sample_rows(jax.random.key(0), jnp.array([0.0, 1.0]), 4)
+      >>> rows.tolist(), weights.tolist()
+      ([1, 1, 1, 1], [0.5, 0.5, 0.5, 0.5])
     """
     checks.arrays("sample_rows", scores=scores)
     scores = jnp.asarray(scores)
