@@ -193,14 +193,16 @@ def _step(hyper: _Hyper, x: PyTree, state: GCRODRState, problem: Linear) -> tupl
     x = trees.where(look, trees.add(x, along), trees.add_scaled(x, alpha, u))
     r = trees.where(look, t, trees.add_scaled(state.r, -alpha, c))
     x, r, residual, mark = _judge(x, r, dependent & ~recycled, state)
-    products = jnp.where(jnp.arange(m) < state.count, _coefficients(state.directions, u), 0)
-    row = products.at[slot].set(trees.inner(u, u))
-    gram = state.gram.at[slot].set(row.conj()).at[:, slot].set(row)
+    # Choices, not scatters, which take longer to compile.
+    at = jnp.arange(m, dtype=jnp.int32)
+    products = jnp.where(at < state.count, _coefficients(state.directions, u), 0)
+    row = jnp.where(at == slot, trees.inner(u, u), products)
+    fresh = jnp.where((at == slot)[:, None], row.conj(), jnp.where(at == slot, row[:, None], state.gram))
     return x, state._replace(
         r=r,
         directions=_put(state.directions, slot, u, look),
         images=_put(state.images, slot, c, look),
-        gram=jnp.where(look, state.gram, gram),
+        gram=jnp.where(look, state.gram, fresh),
         last=trees.where(look, state.last, c),
         count=state.count + jnp.where(look, 0, 1),
         slow=jnp.where(look, state.slow, ~recycled & (residual > _SLOW * state.residual)),
