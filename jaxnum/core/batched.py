@@ -102,7 +102,7 @@ def solve_batched(
     shared = [leaf for leaf in leaves if not isinstance(leaf, _Lane)]
     solution = _solve_lanes(options, solver, mapped, shared, rtol, atol)
     if on_failure == "raise":
-        _raise_unless_all_converged(name, solution)
+        raise_unless_all_converged(name, solution)
     return solution
 
 
@@ -175,7 +175,8 @@ def _leaf_axes(arguments: tuple, axes: tuple, *, shared_scalars: bool) -> list[i
     return out
 
 
-def _raise_unless_all_converged(name: str, solution: Solution) -> None:
+def raise_unless_all_converged(name: str, solution: Solution) -> None:
+    """Raise SolverError if a concrete batch has a lane that did not converge; traced solutions pass."""
     if checks.traced(solution.status):
         return
     status = np.asarray(solution.status)

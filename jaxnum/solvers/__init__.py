@@ -16,7 +16,16 @@ from jaxnum.solvers.linear._dcdm import dcdm_loss as dcdm_loss
 from jaxnum.solvers.linear._dcdm_network import dcdm_network as dcdm_network
 from jaxnum.solvers.linear._dcdm_network import init_dcdm_network as init_dcdm_network
 from jaxnum.solvers.linear._dcdm_network import linear_dcdm_network as linear_dcdm_network
+from jaxnum.solvers.linear._gcro_dr import gcro_dr as gcro_dr
+from jaxnum.solvers.linear._leverage_scores import leverage_scores as leverage_scores
+from jaxnum.solvers.linear._newton_schulz import newton_schulz as newton_schulz
+from jaxnum.solvers.linear._newton_schulz import newton_schulz_regression as newton_schulz_regression
 from jaxnum.solvers.linear._ritz_dataset import ritz_dataset as ritz_dataset
+from jaxnum.solvers.linear._sample_rows import sample_rows as sample_rows
+from jaxnum.solvers.linear._sketch import sketch as sketch
+from jaxnum.solvers.linear._sketched_least_squares import sketched_least_squares as sketched_least_squares
+from jaxnum.solvers.linear._skr import skr as skr
+from jaxnum.solvers.linear._skr import skr_order as skr_order
 from jaxnum.solvers.linear._train_dcdm import train_dcdm as train_dcdm
 from jaxnum.solvers.minimize._bcd import bcd as bcd
 from jaxnum.solvers.minimize._bcd import bcd_partition as bcd_partition

@@ -17,7 +17,7 @@ import jaxnum
 from jaxnum import Status
 from jaxnum.core.solver import Solver
 from tests.compiles import count_compiles
-from tests.contracts.solver_problems import ContractionCase, LinearCase, MinimizeCase, TransportCase
+from tests.contracts.solver_problems import ContractionCase, LinearCase, MinimizeCase, NonsymmetricCase, TransportCase
 from tests.tolerances import tolerance
 
 
@@ -51,6 +51,7 @@ SOLVERS = [
     SolverMember("cg", jaxnum.solvers.cg, LinearCase()),
     SolverMember("flexible cg", lambda: jaxnum.solvers.cg(flexible=2), LinearCase(), variant=True),
     SolverMember("dcdm", lambda: jaxnum.solvers.dcdm(_itself), LinearCase(), variant=True),
+    SolverMember("gcro_dr", lambda: jaxnum.solvers.gcro_dr(m=4, k=2), NonsymmetricCase(), variant=True),
     SolverMember("sinkhorn", jaxnum.solvers.sinkhorn, TransportCase()),
     SolverMember("unbalanced sinkhorn", jaxnum.solvers.sinkhorn, TransportCase(0.7, 0.8)),
     SolverMember(

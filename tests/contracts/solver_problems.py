@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -170,6 +170,39 @@ class LinearCase(Case):
         d, b = params["d"], params["b"]
         A = lambda v: d * v + 0.1 * jnp.sum(v)  # noqa: E731
         return jaxnum.solve(solver, jnp.zeros_like(b), Linear(A, b), on_failure="return", **options)
+
+
+class NonsymmetricCase(LinearCase):
+    """The same with an A that is not symmetric, and a singular system as the breakdown."""
+
+    @staticmethod
+    def matrix(params: Any) -> Any:
+        G = params["G"]
+        return 0.3 * G + 2 * jnp.eye(5, dtype=G.dtype)
+
+    def problem(self, params: Any) -> Linear:
+        return replace(super().problem(params), symmetric=False)
+
+    def explicit(self, params: Any) -> Any:
+        # Both blocks: without the second, a method that restarts takes another number of steps.
+        A = jax.scipy.linalg.block_diag(self.matrix(params), 2 * jnp.eye(2, dtype=params["G"].dtype))
+        b = jnp.concatenate([params["b"], jnp.ones((2,), params["b"].dtype)])
+        return jnp.zeros_like(b), Linear(A, b, symmetric=False)
+
+    def observe(self, params: Any, x: Any) -> Any:
+        return x["u"] if isinstance(x, dict) else x[:5]
+
+    def reference(self, params: Any) -> Any:
+        p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+        return np.linalg.solve(0.3 * p["G"] + 2 * np.eye(5), p["b"])
+
+    def failures(self, params: Any) -> dict:
+        singular = Linear(jnp.diag(jnp.array([1.0, 0.0])), jnp.ones(2), symmetric=False)
+        skew = jnp.eye(30) + 0.3 * (jnp.eye(30, k=1) - jnp.eye(30, k=-1))
+        return super().failures(params) | {
+            Status.breakdown: (singular, jnp.zeros(2), {}),
+            Status.stagnated: (Linear(skew, jnp.arange(30.0) / 7, symmetric=False), jnp.zeros(30), {"rtol": 1e-17}),
+        }
 
 
 class TransportCase(Case):
