@@ -21,6 +21,12 @@ COST = (X[:, None] - X[None] + 0.5) ** 2
 # verb: (its positional arguments, its default solver, its problem, its default start)
 CASES = {
     "fixed_point": ((jnp.cos, X), solvers.picard(), jaxnum.FixedPoint(jnp.cos), X),
+    "inclusion": (
+        (jnp.sinh, X),
+        solvers.restarted(solvers.feg()),
+        jaxnum.Inclusion(jnp.sinh),
+        X,
+    ),
     "linear_solve": ((A, X), solvers.cg(), jaxnum.Linear(A, X), jnp.zeros(6)),
     "transport": (
         (COST, WEIGHTS, WEIGHTS, 0.1),

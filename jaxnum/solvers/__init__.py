@@ -4,7 +4,11 @@ from jaxnum.core.combinators import phase as phase
 from jaxnum.core.combinators import restarted as restarted
 from jaxnum.core.combinators import then as then
 from jaxnum.core.combinators import warm_started as warm_started
+from jaxnum.solvers import resolvents as resolvents
 from jaxnum.solvers.fixed_point._halpern import halpern as halpern
 from jaxnum.solvers.fixed_point._picard import picard as picard
 from jaxnum.solvers.linear._cg import cg as cg
+from jaxnum.solvers.monotone._cocoercive_halpern import cocoercive_halpern as cocoercive_halpern
+from jaxnum.solvers.monotone._extragradient import extragradient as extragradient
+from jaxnum.solvers.monotone._feg import feg as feg
 from jaxnum.solvers.transport._sinkhorn import sinkhorn as sinkhorn
