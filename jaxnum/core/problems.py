@@ -301,4 +301,4 @@ class Minimize(Problem):
 
 def trees_dtype(x: PyTree) -> Any:
     """The widest floating dtype among the leaves of x."""
-    return jnp.result_type(*[jnp.real(leaf).dtype for leaf in jax.tree.leaves(x)])
+    return jnp.result_type(*[jnp.finfo(jnp.result_type(leaf)).dtype for leaf in jax.tree.leaves(x)])

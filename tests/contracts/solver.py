@@ -17,7 +17,7 @@ import jaxnum
 from jaxnum import Status
 from jaxnum.core.solver import Solver
 from tests.compiles import count_compiles
-from tests.contracts.solver_problems import ContractionCase, LinearCase, TransportCase
+from tests.contracts.solver_problems import ContractionCase, InclusionCase, LinearCase, TransportCase
 from tests.tolerances import tolerance
 
 
@@ -43,6 +43,16 @@ SOLVERS = [
     SolverMember("halpern", lambda: jaxnum.solvers.halpern(contraction=0.7), ContractionCase(), variant=True),
     SolverMember(
         "restarted halpern", lambda: jaxnum.solvers.restarted(jaxnum.solvers.halpern()), ContractionCase(), variant=True
+    ),
+    SolverMember("extragradient", lambda: jaxnum.solvers.extragradient(1.7), InclusionCase()),
+    SolverMember(
+        "restarted feg", lambda: jaxnum.solvers.restarted(jaxnum.solvers.feg()), InclusionCase(), variant=True
+    ),
+    SolverMember(
+        "restarted cocoercive halpern",
+        lambda: jaxnum.solvers.restarted(jaxnum.solvers.cocoercive_halpern()),
+        InclusionCase(),
+        variant=True,
     ),
     SolverMember("cg", jaxnum.solvers.cg, LinearCase()),
     SolverMember("flexible cg", lambda: jaxnum.solvers.cg(flexible=2), LinearCase(), variant=True),
