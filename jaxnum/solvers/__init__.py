@@ -5,10 +5,12 @@ from jaxnum.core.combinators import restarted as restarted
 from jaxnum.core.combinators import then as then
 from jaxnum.core.combinators import warm_started as warm_started
 from jaxnum.solvers import resolvents as resolvents
+from jaxnum.solvers.fixed_point._anderson import anderson as anderson
 from jaxnum.solvers.fixed_point._halpern import halpern as halpern
 from jaxnum.solvers.fixed_point._picard import picard as picard
 from jaxnum.solvers.linear._cg import cg as cg
 from jaxnum.solvers.monotone._cocoercive_halpern import cocoercive_halpern as cocoercive_halpern
 from jaxnum.solvers.monotone._extragradient import extragradient as extragradient
 from jaxnum.solvers.monotone._feg import feg as feg
+from jaxnum.solvers.monotone._vr_halpern import vr_halpern as vr_halpern
 from jaxnum.solvers.transport._sinkhorn import sinkhorn as sinkhorn

@@ -44,10 +44,7 @@ SOLVERS = [
     SolverMember(
         "restarted halpern", lambda: jaxnum.solvers.restarted(jaxnum.solvers.halpern()), ContractionCase(), variant=True
     ),
-    SolverMember("extragradient", lambda: jaxnum.solvers.extragradient(1.7), InclusionCase()),
-    SolverMember(
-        "restarted feg", lambda: jaxnum.solvers.restarted(jaxnum.solvers.feg()), InclusionCase(), variant=True
-    ),
+    SolverMember("restarted feg", lambda: jaxnum.solvers.restarted(jaxnum.solvers.feg()), InclusionCase()),
     SolverMember(
         "restarted cocoercive halpern",
         lambda: jaxnum.solvers.restarted(jaxnum.solvers.cocoercive_halpern()),
