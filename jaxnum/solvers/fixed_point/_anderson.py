@@ -55,8 +55,8 @@ def anderson(
       gamma = argmin ||f_k - sum_i gamma_i df_i||^2 + regularisation sum_i gamma_i^2 ||df_i||^2,
       x_{k+1} = x_k + damping f_k - sum_i gamma_i (dx_i + damping df_i).
     For affine T, k <= m and no regularisation, x_{k+1} is T of the k-th GMRES iterate. Near a fixed point of a smooth
-    contraction it is never slower than Picard by more than a constant; far from one it may diverge, as a quasi-Newton
-    method without line search may. `halpern` is the choice for maps that are only nonexpansive.
+    contraction it converges at Picard's rate at least while the gamma stay bounded; far from one it may diverge, as a
+    quasi-Newton method without line search may. `halpern` is the choice for maps that are only nonexpansive.
 
     Args:
       memory: m, Python int >= 1.

@@ -20,6 +20,7 @@ from jaxnum.solvers.monotone.search import (
     first_lipschitz,
     forward_backward,
     searched,
+    trusted,
 )
 from kernels_pallas import checks
 
@@ -136,6 +137,6 @@ def _fails(x: PyTree, new: PyTree, force: PyTree, state: CocoerciveHalpernState)
 
 
 def _measure(hyper: Any, x: PyTree, state: CocoerciveHalpernState, problem: Inclusion) -> Measure:
-    inverse = state.lipschitz / 2
-    residual, scale = trees.norm(trees.sub(x, state.image)), trees.norm(state.image)
-    return Measure(inverse * residual, inverse * scale, searched(state.rejected, x))
+    residual = state.lipschitz / 2 * trees.norm(trees.sub(x, state.image))
+    scale = trusted(state.lipschitz, state.rejected) / 2 * trees.norm(state.image)
+    return Measure(residual, scale, searched(state.rejected, x))

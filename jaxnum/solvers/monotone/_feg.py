@@ -20,6 +20,7 @@ from jaxnum.solvers.monotone.search import (
     first_lipschitz,
     forward_backward,
     searched,
+    trusted,
 )
 from kernels_pallas import checks
 
@@ -147,4 +148,4 @@ def _measure(hyper: _FEGHyper, x: PyTree, state: FEGState, problem: Inclusion) -
     flag = searched(state.rejected, x)
     outside = 2 * hyper.rho.astype(state.lipschitz.dtype) * state.lipschitz <= -1
     flag = jnp.where(outside, jnp.int32(Status.breakdown), flag)
-    return Measure(trees.norm(state.value), state.lipschitz * trees.norm(x), flag)
+    return Measure(trees.norm(state.value), trusted(state.lipschitz, state.rejected) * trees.norm(x), flag)

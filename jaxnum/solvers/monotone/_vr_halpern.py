@@ -94,8 +94,8 @@ def vr_halpern(
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxnum
-      >>> a, b = jax.random.normal(jax.random.key(0), (2, 400))
-      >>> terms = lambda u, i: jnp.mean(u - a[i]) + 0 * u  # the mean of a, as a zero
+      >>> a = jax.random.normal(jax.random.key(0), (400,))
+      >>> terms = lambda u, i: u - jnp.mean(a[i])  # its zero is the mean of a
       >>> solver = jaxnum.solvers.vr_halpern(jax.random.key(1), 1.0)
       >>> problem = jaxnum.FiniteSum(terms, 400)
       >>> solution = jaxnum.solve(solver, jnp.ones(()), problem, atol=1e-2, rtol=0.0)

@@ -44,13 +44,14 @@ def first_lipschitz(x: PyTree, force: PyTree, problem: Any) -> jax.Array:
 
 
 def above_rounding(rise: jax.Array, x: PyTree, size: jax.Array, lipschitz: jax.Array, rejected: jax.Array) -> jax.Array:
-    """Whether a difference of F of norm `rise` is more than rounding of values of norm `size` at x.
-
-    `lipschitz` is taken back to what it was before the rejections in a row: doubling must not silence the test.
-    """
-    trusted = lipschitz * jnp.exp2(-rejected.astype(lipschitz.dtype))
+    """Whether a difference of F of norm `rise` is more than rounding of values of norm `size` at x."""
     eps = jnp.finfo(precision.coarsest(x)).eps
-    return rise > _ROUNDINGS * eps * (trusted * trees.norm(x) + size)
+    return rise > _ROUNDINGS * eps * (trusted(lipschitz, rejected) * trees.norm(x) + size)
+
+
+def trusted(lipschitz: jax.Array, rejected: jax.Array) -> jax.Array:
+    """The estimate before the rejections in a row: doubling must silence no test that scales with it."""
+    return lipschitz * jnp.exp2(-rejected.astype(lipschitz.dtype))
 
 
 def searched(rejected: jax.Array, x: PyTree) -> jax.Array:
