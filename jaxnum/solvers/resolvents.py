@@ -86,7 +86,7 @@ def simplex(total: Any = 1.0) -> Resolvent:
       [0.0, 1.0, 0.0]
     """
     _check_positive("simplex", total=total)
-    return lambda x, step: optax.projections.projection_simplex(x, _scalar(total, x))
+    return lambda x, step: _on_simplex(x, total)
 
 
 def ball(radius: Any = 1.0, centre: PyTree | None = None) -> Resolvent:
@@ -137,7 +137,15 @@ def l1_ball(radius: Any = 1.0) -> Resolvent:
       [0.75, -0.25, 0.0]
     """
     _check_positive("l1_ball", radius=radius)
-    return lambda x, step: optax.projections.projection_l1_ball(x, _scalar(radius, x))
+
+    def resolvent(x: PyTree, step: Any) -> PyTree:
+        # A choice, where optax has a `cond`: under vmap both are computed anyway, and x may be shorter than float64.
+        sizes = jax.tree.map(jnp.abs, x)
+        inside = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(sizes)) <= _scalar(radius, x)
+        outside = jax.tree.map(lambda leaf, size: jnp.sign(leaf) * size, x, _on_simplex(sizes, radius))
+        return trees.where(inside, x, outside)
+
+    return resolvent
 
 
 def halfspace(normal: PyTree, offset: Any) -> Resolvent:
@@ -225,6 +233,12 @@ def _check_positive(function: str, *, radius: Any = 1.0, total: Any = 1.0) -> No
     for name, value in (("radius", radius), ("total", total)):
         if not checks.traced(value):
             checks.value(function, name, 0 < float(value) < jnp.inf, "be a finite real number > 0", value)
+
+
+def _on_simplex(x: PyTree, total: Any) -> PyTree:
+    # optax's sums come out in float64 when x64 is on.
+    projected = optax.projections.projection_simplex(x, _scalar(total, x))
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), projected, x)
 
 
 def _is_leaf(bound: Any) -> bool:
