@@ -44,6 +44,7 @@ SOLVERS = [
     SolverMember(
         "restarted halpern", lambda: jaxnum.solvers.restarted(jaxnum.solvers.halpern()), ContractionCase(), variant=True
     ),
+    SolverMember("anderson", lambda: jaxnum.solvers.anderson(3), ContractionCase(), variant=True),
     SolverMember("restarted feg", lambda: jaxnum.solvers.restarted(jaxnum.solvers.feg()), InclusionCase()),
     SolverMember(
         "restarted cocoercive halpern",
