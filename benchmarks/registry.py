@@ -97,6 +97,7 @@ EXEMPT = {
     "then": "a combinator: it adds no arithmetic of its own",
     "restarted": "a combinator: it adds no arithmetic of its own",
     "warm_started": "a combinator: it adds no arithmetic of its own",
+    "extragradient": "the peer in the row of feg, which measures both",
     "hutchinson": "one Hessian-vector product of the user's loss, which costs what the loss costs",
     "gauss_newton_bartlett": "one gradient of the user's model, which costs what the model costs",
     "attention_io": "a count of words on paper: nothing is traced or compiled",

@@ -9,13 +9,13 @@ becomes a leaf of the problem. Norms and sums run over all leaves; `product` put
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax.projections
 
 from jaxnum.core import precision, trees
 from kernels_pallas import checks
@@ -65,7 +65,7 @@ def nonnegative() -> Resolvent:
       >>> nonnegative()(jnp.array([-1.0, 2.0]), 1.0).tolist()
       [0.0, 2.0]
     """
-    return lambda x, step: optax.projections.projection_non_negative(x)
+    return lambda x, step: _optax().projection_non_negative(x)
 
 
 def simplex(total: Any = 1.0) -> Resolvent:
@@ -111,9 +111,9 @@ def ball(radius: Any = 1.0, centre: PyTree | None = None) -> Resolvent:
 
     def resolvent(x: PyTree, step: Any) -> PyTree:
         if centre is None:
-            return optax.projections.projection_l2_ball(x, _scalar(radius, x))
+            return _optax().projection_l2_ball(x, _scalar(radius, x))
         middle = jax.tree.map(_as, centre, x)
-        inside = optax.projections.projection_l2_ball(trees.sub(x, middle), _scalar(radius, x))
+        inside = _optax().projection_l2_ball(trees.sub(x, middle), _scalar(radius, x))
         return trees.add(middle, inside)
 
     return resolvent
@@ -165,7 +165,7 @@ def halfspace(normal: PyTree, offset: Any) -> Resolvent:
     """
 
     def resolvent(x: PyTree, step: Any) -> PyTree:
-        return optax.projections.projection_halfspace(x, jax.tree.map(_as, normal, x), _scalar(offset, x))
+        return _optax().projection_halfspace(x, jax.tree.map(_as, normal, x), _scalar(offset, x))
 
     return resolvent
 
@@ -229,6 +229,11 @@ def product(resolvents: PyTree) -> Resolvent:
     return lambda x, step: jax.tree.map(lambda resolvent, part: resolvent(part, step), resolvents, x)
 
 
+def _optax() -> Any:
+    # Imported when first used: optax would double what `import jaxnum` costs.
+    return importlib.import_module("optax.projections")
+
+
 def _check_positive(function: str, *, radius: Any = 1.0, total: Any = 1.0) -> None:
     for name, value in (("radius", radius), ("total", total)):
         if not checks.traced(value):
@@ -237,7 +242,7 @@ def _check_positive(function: str, *, radius: Any = 1.0, total: Any = 1.0) -> No
 
 def _on_simplex(x: PyTree, total: Any) -> PyTree:
     # optax's sums come out in float64 when x64 is on.
-    projected = optax.projections.projection_simplex(x, _scalar(total, x))
+    projected = _optax().projection_simplex(x, _scalar(total, x))
     return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), projected, x)
 
 

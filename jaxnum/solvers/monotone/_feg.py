@@ -93,12 +93,11 @@ def feg(lipschitz: float | jax.Array | None = None, *, rho: float | jax.Array = 
       >>> bool(jnp.linalg.norm(solution.x) < 1e-4)
       True
     """
-    known = lipschitz is not None and not checks.traced(lipschitz)
-    if known:
+    if lipschitz is not None and not checks.traced(lipschitz):
         ok = 0 < float(lipschitz) < jnp.inf
         checks.value("feg", "lipschitz", ok, "be a finite real number > 0, or None", lipschitz)
-    if known and not checks.traced(rho):
-        checks.value("feg", "rho", 2 * float(rho) * float(lipschitz) > -1, "be above -1 / (2 lipschitz)", rho)
+        ok = checks.traced(rho) or 2 * float(rho) * float(lipschitz) > -1
+        checks.value("feg", "rho", ok, "be above -1 / (2 lipschitz)", rho)
     return Solver(
         name="feg",
         init=_init,
