@@ -87,7 +87,8 @@ def vr_halpern(
 
     Cost: p n + (1 - p) 2b terms a step. Under vmap both kinds of step are computed in every lane, and nothing is saved.
 
-    Numerics: without x64 the counter is int32 and wraps at 2e9.
+    Numerics: without x64 the counter is int32 and wraps at 2e9. `restarted(vr_halpern(...))` draws from the same key
+      after each restart, and counts anew.
 
     Source: Cai, Alacaoglu & Diakonikolas, "Variance reduced Halpern iteration for finite-sum monotone inclusions"
       (ICLR 2024), algorithm 1; the constants of lambda, p and step are those we measured with.
