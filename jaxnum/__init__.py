@@ -20,6 +20,7 @@ from jaxnum.core.status import SolverError as SolverError
 from jaxnum.core.status import Status as Status
 from jaxnum.core.status import sentence as sentence
 from jaxnum.verbs import fixed_point as fixed_point
+from jaxnum.verbs import inclusion as inclusion
 from jaxnum.verbs import linear_solve as linear_solve
 from jaxnum.verbs import minimize as minimize
 from jaxnum.verbs import transport as transport

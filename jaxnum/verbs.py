@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxnum.core.combinators import restarted
 from jaxnum.core.costs import Cost, DenseCost
-from jaxnum.core.problems import FixedPoint, Linear, Minimize, Transport
+from jaxnum.core.problems import FixedPoint, Inclusion, Linear, Minimize, Transport
 from jaxnum.core.solver import Phases, Solution, Solver, drive
 from jaxnum.solvers.fixed_point._picard import picard
 from jaxnum.solvers.linear._cg import cg
 from jaxnum.solvers.minimize._newton_cg import newton_cg
+from jaxnum.solvers.monotone._feg import feg
 from jaxnum.solvers.transport._sinkhorn import sinkhorn
 from kernels_pallas import checks
 
@@ -72,6 +74,81 @@ def fixed_point(
         picard() if solver is None else solver,
         x0,
         FixedPoint(T, args),
+        rtol=rtol,
+        atol=atol,
+        max_steps=max_steps,
+        check_every=check_every,
+        history=history,
+        adjoint=adjoint,
+        checkpoint_every=checkpoint_every,
+        progress=progress,
+        on_failure=on_failure,
+    )
+
+
+def inclusion(
+    F: Callable,
+    x0: PyTree,
+    *args: PyTree,
+    resolvent: Callable | None = None,
+    solver: Solver | Phases | None = None,
+    rtol: Any = None,
+    atol: Any = None,
+    max_steps: int | None = None,
+    check_every: int | None = None,
+    history: bool = False,
+    adjoint: str = "implicit",
+    checkpoint_every: int | None = None,
+    progress: Any = None,
+    on_failure: str = "raise",
+) -> Solution:
+    """Find x with 0 in F(x, *args) + G(x), F monotone and G given by its resolvent.
+
+    Zeros of F (G = 0), saddle points and equilibria of games (F the players' gradients), variational inequalities (G
+    the normal cone of a set), composite minimisation (F a gradient, G a subdifferential).
+
+    Args:
+      F: map of a pytree of floating-point arrays to a tree of the same structure, shapes and dtypes. Arrays it captures
+        are differentiated; a captured Python scalar that varies from call to call recompiles: pass it in `args`.
+      x0: starting point.
+      *args: further arguments of F, differentiable.
+      resolvent: `resolvent(x, step)` = (I + step G)^{-1}(x), such as those of `jaxnum.solvers.resolvents`; None for
+        G = 0. Arrays it captures are differentiated.
+      solver: default `restarted(feg())` of `jaxnum.solvers`: it needs no constant and no more than a monotone Lipschitz
+        F, and restarts make it linear where the problem is sharp. `cocoercive_halpern` takes one F a step in place of
+        two where F is a gradient or strongly monotone; `extragradient` is the classical peer.
+      rtol: see the solver for the residual; `jaxnum.solve`.
+      atol: see `jaxnum.solve`; default 1e-12 (float64) or 1e-7 through the solver.
+      max_steps: see `jaxnum.solve`.
+      check_every: see `jaxnum.solve`.
+      history: see `jaxnum.solve`.
+      adjoint: see `jaxnum.solve`.
+      checkpoint_every: see `jaxnum.solve`.
+      progress: see `jaxnum.solve`.
+      on_failure: see `jaxnum.solve`.
+
+    Returns:
+      A `jaxnum.Solution`.
+
+    Raises:
+      TreeError, ShapeError, DtypeError: F(x0) or resolvent(x0, 1) is not a tree like x0.
+      SolverError: an eager call that did not converge.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxnum
+      >>> resolvents = jaxnum.solvers.resolvents
+      >>> payoff = jnp.array([[3.0, -1.0], [-2.0, 1.0]])  # the first player wins this
+      >>> game = lambda z: (-payoff @ z[1], payoff.T @ z[0])
+      >>> mixed = resolvents.product((resolvents.simplex(), resolvents.simplex()))
+      >>> p, q = jaxnum.inclusion(game, (jnp.ones(2) / 2, jnp.ones(2) / 2), resolvent=mixed).x
+      >>> [f"{float(share):.3f}" for share in (*p, *q)]
+      ['0.429', '0.571', '0.286', '0.714']
+    """
+    return drive(
+        "inclusion",
+        restarted(feg()) if solver is None else solver,
+        x0,
+        Inclusion(F, resolvent, args),
         rtol=rtol,
         atol=atol,
         max_steps=max_steps,

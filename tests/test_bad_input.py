@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxnum
-from jaxnum import FixedPoint, PointCloudCost, SolverError, Status, fixed_point, linear_solve, transport
+from jaxnum import FixedPoint, PointCloudCost, SolverError, Status, fixed_point, inclusion, linear_solve, transport
 from jaxnum.solvers import cg, halpern, picard
 from tests.tolerances import tolerance
 
@@ -71,6 +71,21 @@ ERRORS = {
         lambda: fixed_point(halve, X0, solver=picard),
         TypeError,
         "fixed_point: `solver` must be what a factory of jaxnum.solvers returns; got",
+    ),
+    "operator of a wrong shape": (
+        lambda: inclusion(lambda x: x[:2], X0),
+        ValueError,
+        "inclusion: `F(x0)` must have shape (3,) to match `x0`; got (2,).",
+    ),
+    "resolvent of a wrong shape": (
+        lambda: inclusion(halve, X0, resolvent=lambda x, step: x[:2]),
+        ValueError,
+        "inclusion: `resolvent(x0)` must have shape (3,) to match `x0`; got (2,).",
+    ),
+    "resolvent that is an array": (
+        lambda: inclusion(halve, X0, resolvent=X0),
+        TypeError,
+        "inclusion: `resolvent` must be a function; got ndarray.",
     ),
     "A that is not square": (
         lambda: linear_solve(np.ones((4, 3)), B),
@@ -196,6 +211,7 @@ ERRORS |= {
 VERBS = {
     "fixed_point": lambda **options: fixed_point(halve, X0, **options),
     "halpern": lambda **options: fixed_point(halve, X0, solver=halpern(contraction=0.5), **options),
+    "inclusion": lambda **options: inclusion(halve, X0, **options),
     "linear_solve": lambda **options: linear_solve(A, B, **options),
     "transport": lambda **options: transport(COST, ROWS, COLUMNS, 0.1, **options),
 }
@@ -227,6 +243,10 @@ STATUSES = {
     "start with NaN": (Status.nonfinite, lambda **o: fixed_point(halve, changed(X0, 1, NAN), **o)),
     "map that expands": (Status.nonfinite, lambda **o: fixed_point(lambda x: 3 * x + 1, X0, **o)),
     "map without a fixed point": (Status.max_steps, lambda **o: fixed_point(lambda x: x + 1, X0, max_steps=99, **o)),
+    "operator with NaN": (Status.nonfinite, lambda **o: inclusion(lambda x, c: halve(x) + c, X0, NAN, **o)),
+    "resolvent with NaN": (Status.nonfinite, lambda **o: inclusion(halve, X0, resolvent=lambda x, s: x * NAN, **o)),
+    "operator not monotone": (Status.nonfinite, lambda **o: inclusion(lambda x: 1 - x, X0, **o)),
+    "operator without a zero": (Status.max_steps, lambda **o: inclusion(lambda x: 0 * x + 1, X0, max_steps=99, **o)),
     "A with NaN": (Status.nonfinite, lambda **o: linear_solve(changed(A, (0, 1), NAN), B, **o)),
     "A with infinity": (Status.nonfinite, lambda **o: linear_solve(changed(A, (1, 1), INF), B, **o)),
     "b with NaN": (Status.nonfinite, lambda **o: linear_solve(A, changed(B, 0, NAN), **o)),

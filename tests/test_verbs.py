@@ -26,6 +26,12 @@ def bowl(x):
 # verb: (its positional arguments, its default solver, its problem, its default start)
 CASES = {
     "fixed_point": ((jnp.cos, X), solvers.picard(), jaxnum.FixedPoint(jnp.cos), X),
+    "inclusion": (
+        (jnp.sinh, X),
+        solvers.restarted(solvers.feg()),
+        jaxnum.Inclusion(jnp.sinh),
+        X,
+    ),
     "linear_solve": ((A, X), solvers.cg(), jaxnum.Linear(A, X), jnp.zeros(6)),
     "minimize": ((bowl, X), solvers.newton_cg(), jaxnum.Minimize(bowl), X),
     "transport": (

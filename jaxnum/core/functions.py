@@ -34,6 +34,19 @@ class Function:
         return self.fn(*args) if self.consts is None else self.fn(self.consts, *args)
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["consts"], meta_fields=["fn"])
+@dataclass(frozen=True)
+class SizedFunction(Function):
+    """A function of (x, indices, ...) traced at several lengths of `indices`, since a program has one shape.
+
+    `fn` holds the lengths, `consts` one traced Function for each.
+    """
+
+    def __call__(self, x: PyTree, indices: jax.Array, *args: PyTree) -> PyTree:
+        """Value of the function, at one of the lengths."""
+        return self.consts[self.fn.index(indices.shape[0])](x, indices, *args)
+
+
 def as_function(fn: Any) -> Any:
     """Wrap a raw callable; anything else (None, a traced Function, a placeholder of tree code) passes."""
     return Function(fn) if callable(fn) and not isinstance(fn, Function) else fn
@@ -55,6 +68,14 @@ def trace(function: Function | None, *examples: PyTree) -> Function | None:
     program = _Program(closed.jaxpr, jax.tree.structure(examples), jax.tree.structure(out_shape), len(closed.consts))
     key = (_fingerprint(closed.jaxpr, function.fn), program.in_tree, program.out_tree)
     return Function(_interned(key, program), tuple(closed.consts))
+
+
+def trace_sizes(function: Function, x: PyTree, sizes: tuple[int, ...], *args: PyTree) -> Function:
+    """Trace a function of (x, indices, *args) as `trace` does, at int32 indices of each of these lengths."""
+    if function.consts is not None:
+        return function
+    programs = tuple(trace(function, x, jnp.zeros((size,), jnp.int32), *args) for size in sizes)
+    return SizedFunction(sizes, programs)
 
 
 class _Program:

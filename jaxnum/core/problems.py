@@ -7,6 +7,7 @@ symmetric. The implicit derivative follows from these four alone, so all solvers
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -105,10 +106,7 @@ class Inclusion(Problem):
 
     def root(self, x: PyTree) -> PyTree:
         """The natural residual x - J_G(x - F(x)) with unit step; F(x) itself when G = 0."""
-        if self.resolvent is None:
-            return self.operator(x)
-        one = jnp.ones((), trees_dtype(x))
-        return trees.sub(x, self.backward(trees.sub(x, self.operator(x)), one))
+        return _natural(self, x)
 
     def traced(self, x: PyTree) -> Inclusion:
         """Trace F and the resolvent at x."""
@@ -123,40 +121,70 @@ class Inclusion(Problem):
             _check_map(function, "resolvent", self.resolvent, x, jnp.ones((), trees_dtype(x)))
 
 
-@_problem(data=["F_batch", "args"], meta=("n",))
+@_problem(data=["F_batch", "args", "resolvent"], meta=("n",))
 class FiniteSum(Problem):
-    """Find x with (1/n) sum_i F_i(x, *args) = 0.
+    """Find x with 0 in (1/n) sum_i F_i(x, *args) + G(x), G maximal monotone.
 
     Attributes:
-      F_batch: `F_batch(x, indices, *args)` = mean of F_i(x) over int32 indices [k].
+      F_batch: `F_batch(x, indices, *args)` = mean of F_i(x) over int32 indices [k], for any k.
       n: number of terms.
       args: further arguments, differentiable.
+      resolvent: `resolvent(x, step)` = (I + step G)^-1 (x), or None when G = 0.
     """
 
     F_batch: Any
     n: int
     args: tuple = ()
+    resolvent: Any = None
 
     def __post_init__(self) -> None:
-        _wrap(self, "F_batch")
+        _wrap(self, "F_batch", "resolvent")
+
+    @property
+    def batch(self) -> int:
+        """The batch size, beside 1 and n, at which F_batch is traced as a whole: ceil(sqrt n)."""
+        return 1 + math.isqrt(self.n - 1)
 
     def mean(self, x: PyTree, indices: jax.Array) -> PyTree:
-        """The mean of F_i(x) over int32 indices [k]; any k, because the terms are mapped one at a time."""
-        terms = jax.vmap(lambda i: self.F_batch(x, i[None], *self.args))(indices)
+        """The mean of F_i(x) over int32 indices [k]: one call of F_batch, or a map of terms for other k."""
+        F_batch = self.F_batch
+        if not isinstance(F_batch, functions.SizedFunction) or indices.shape[0] in F_batch.fn:
+            return F_batch(x, indices, *self.args)
+        terms = jax.vmap(lambda i: F_batch(x, i[None], *self.args))(indices)
         return jax.tree.map(lambda t: jnp.mean(t, axis=0), terms)
 
-    def root(self, x: PyTree) -> PyTree:
+    def operator(self, x: PyTree) -> PyTree:
         """The mean over all n terms."""
         return self.mean(x, jnp.arange(self.n, dtype=jnp.int32))
 
+    def backward(self, x: PyTree, step: jax.Array) -> PyTree:
+        """The resolvent at x, or x itself when G = 0."""
+        return x if self.resolvent is None else self.resolvent(x, step)
+
+    def root(self, x: PyTree) -> PyTree:
+        """The natural residual with unit step, or the mean over all n terms when G = 0."""
+        return _natural(self, x)
+
     def traced(self, x: PyTree) -> FiniteSum:
-        """Trace F_batch at x and a batch of one term."""
-        return replace(self, F_batch=functions.trace(self.F_batch, x, jnp.zeros((1,), jnp.int32), *self.args))
+        """Trace F_batch at x and batches of 1, ceil(sqrt n) and n terms, and the resolvent at x."""
+        sizes = tuple(sorted({1, self.batch, self.n}))
+        resolvent = functions.trace(self.resolvent, x, jnp.ones((), trees_dtype(x)))
+        return replace(self, F_batch=functions.trace_sizes(self.F_batch, x, sizes, *self.args), resolvent=resolvent)
 
     def check(self, function: str, x: PyTree) -> None:
-        """F_batch must return a tree like x; n must be positive."""
+        """F_batch and the resolvent must return trees like x; n must be positive."""
         checks.value(function, "n", self.n >= 1, "be at least 1", self.n)
         _check_map(function, "F_batch", self.F_batch, x, jnp.zeros((1,), jnp.int32), *self.args)
+        if self.resolvent is not None:
+            _check_map(function, "resolvent", self.resolvent, x, jnp.ones((), trees_dtype(x)))
+
+
+def _natural(problem: Any, x: PyTree) -> PyTree:
+    """x - J_G(x - F(x)) with unit step; F(x) itself when G = 0."""
+    if problem.resolvent is None:
+        return problem.operator(x)
+    one = jnp.ones((), trees_dtype(x))
+    return trees.sub(x, problem.backward(trees.sub(x, problem.operator(x)), one))
 
 
 @_problem(data=["A", "b", "preconditioner", "null_space"], meta=("symmetric",))
@@ -301,4 +329,4 @@ class Minimize(Problem):
 
 def trees_dtype(x: PyTree) -> Any:
     """The widest floating dtype among the leaves of x."""
-    return jnp.result_type(*[jnp.real(leaf).dtype for leaf in jax.tree.leaves(x)])
+    return jnp.result_type(*[jnp.finfo(jnp.result_type(leaf)).dtype for leaf in jax.tree.leaves(x)])

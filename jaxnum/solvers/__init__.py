@@ -4,6 +4,8 @@ from jaxnum.core.combinators import phase as phase
 from jaxnum.core.combinators import restarted as restarted
 from jaxnum.core.combinators import then as then
 from jaxnum.core.combinators import warm_started as warm_started
+from jaxnum.solvers import resolvents as resolvents
+from jaxnum.solvers.fixed_point._anderson import anderson as anderson
 from jaxnum.solvers.fixed_point._convergent_graph_solver import convergent_graph_solver as convergent_graph_solver
 from jaxnum.solvers.fixed_point._convergent_graph_solver import (
     convergent_graph_solver_weights as convergent_graph_solver_weights,
@@ -33,4 +35,8 @@ from jaxnum.solvers.minimize._forest_solve import Forest as Forest
 from jaxnum.solvers.minimize._forest_solve import forest_solve as forest_solve
 from jaxnum.solvers.minimize._forest_solve import forest_solve_order as forest_solve_order
 from jaxnum.solvers.minimize._newton_cg import newton_cg as newton_cg
+from jaxnum.solvers.monotone._cocoercive_halpern import cocoercive_halpern as cocoercive_halpern
+from jaxnum.solvers.monotone._extragradient import extragradient as extragradient
+from jaxnum.solvers.monotone._feg import feg as feg
+from jaxnum.solvers.monotone._vr_halpern import vr_halpern as vr_halpern
 from jaxnum.solvers.transport._sinkhorn import sinkhorn as sinkhorn

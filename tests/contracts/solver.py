@@ -17,7 +17,14 @@ import jaxnum
 from jaxnum import Status
 from jaxnum.core.solver import Solver
 from tests.compiles import count_compiles
-from tests.contracts.solver_problems import ContractionCase, LinearCase, MinimizeCase, NonsymmetricCase, TransportCase
+from tests.contracts.solver_problems import (
+    ContractionCase,
+    InclusionCase,
+    LinearCase,
+    MinimizeCase,
+    NonsymmetricCase,
+    TransportCase,
+)
 from tests.tolerances import tolerance
 
 
@@ -47,6 +54,14 @@ SOLVERS = [
     SolverMember("halpern", lambda: jaxnum.solvers.halpern(contraction=0.7), ContractionCase(), variant=True),
     SolverMember(
         "restarted halpern", lambda: jaxnum.solvers.restarted(jaxnum.solvers.halpern()), ContractionCase(), variant=True
+    ),
+    SolverMember("anderson", lambda: jaxnum.solvers.anderson(3), ContractionCase(), variant=True),
+    SolverMember("restarted feg", lambda: jaxnum.solvers.restarted(jaxnum.solvers.feg()), InclusionCase()),
+    SolverMember(
+        "restarted cocoercive halpern",
+        lambda: jaxnum.solvers.restarted(jaxnum.solvers.cocoercive_halpern()),
+        InclusionCase(),
+        variant=True,
     ),
     SolverMember("cg", jaxnum.solvers.cg, LinearCase()),
     SolverMember("flexible cg", lambda: jaxnum.solvers.cg(flexible=2), LinearCase(), variant=True),

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxnum
 from jaxnum import DenseCost, FixedPoint, Linear, Minimize, Status, Transport
+from jaxnum import DenseCost, FixedPoint, Inclusion, Linear, Status, Transport
 
 
 class Case:
@@ -89,8 +90,8 @@ class ContractionCase(Case):
             Status.max_steps: (problem, x0, {"max_steps": 2}),
             Status.nonfinite: (expanding, x0, {"max_steps": 1000}),
         }
-        # Rounding holds the residual of this map between zero and the tolerance for ever.
-        rough = FixedPoint(lambda x: jax.tree.map(lambda v: 3.0 - 1e-15 * jnp.sign(v - 3.0) * 4 - 0.3 * (v - 3.0), x))
+        # The jump holds the residual of this map between zero and the tolerance for ever, at 3 too.
+        rough = FixedPoint(lambda x: jax.tree.map(lambda v: 3.0 + _jump(v) - 0.3 * (v - 3.0), x))
         out[Status.stagnated] = (rough, x0, {"rtol": 1e-30, "atol": 0.0, "max_steps": 5000})
         return out
 
@@ -106,6 +107,10 @@ class ContractionCase(Case):
         c = params["c"]
         T = lambda x: {"u": 0.4 * jnp.cos(x["u"]) + c}  # noqa: E731
         return jaxnum.solve(solver, {"u": jnp.zeros_like(c)}, FixedPoint(T), on_failure="return", **options)
+
+
+def _jump(v: Any) -> Any:
+    return jnp.where(v < 3.0, 4e-15, -4e-15)
 
 
 def _coupled(x: Any, M: Any, c: Any) -> Any:
@@ -324,6 +329,50 @@ class MinimizeCase(Case):
         """A gradient that is NaN as soon as an iterate exceeds one half, where f is finite."""
         edge = lambda x: jnp.sqrt(jnp.maximum(0.5 - jnp.max(x), 0))  # noqa: E731
         return Minimize(lambda x: jnp.sum((x - 1) ** 2) + 0.1 * edge(x)), jnp.zeros(3)
+class InclusionCase(Case):
+    """0 in F(x) + G(x): soft thresholding on a coupled leaf, some of it at zero, and a leaf that nothing perturbs."""
+
+    def params(self, dtype: str, seed: int = 0) -> Any:
+        rng = np.random.default_rng(seed)
+        M = rng.normal(size=(3, 3))
+        M *= (0.3 + 0.1 * seed) / np.linalg.norm(M, 2)
+        c = rng.normal(size=3) + 2 * np.array([1, -1, 0])
+        return {"M": jnp.asarray(M, dtype), "w": jnp.asarray(0.7, dtype), "c": jnp.asarray(c, dtype)}
+
+    def problem(self, params: Any) -> Inclusion:
+        c, w = params["c"], params["w"]  # captured, not passed
+        resolvent = lambda x, step: {"u": _shrink(x["u"], step * w), "v": x["v"]}  # noqa: E731
+        return Inclusion(lambda x, M: _monotone(x, M, c), resolvent, (params["M"],))
+
+    def explicit(self, params: Any) -> Any:
+        resolvent = lambda x, step: {"u": _shrink(x["u"], 0.7 * step), "v": x["v"]}  # noqa: E731
+        return self.start(params), Inclusion(_monotone, resolvent, (params["M"], params["c"]))
+
+    def start(self, params: Any) -> Any:
+        return {"u": jnp.zeros_like(params["c"]), "v": jnp.zeros_like(params["c"][:2])}
+
+    def reference(self, params: Any) -> Any:
+        M, c, w = (np.asarray(params[k], np.float64) for k in ("M", "c", "w"))
+        u = np.zeros(3)
+        for _ in range(400):
+            u = u - 0.5 * (u + np.tanh(M @ u) - c + 0.4)
+            u = np.sign(u) * np.maximum(np.abs(u) - 0.5 * w, 0)
+        return {"u": u, "v": np.full(2, 2.0)}
+
+    def failures(self, params: Any) -> dict:
+        problem, x0 = self.problem(params), self.start(params)
+        undefined = Inclusion(lambda x: jax.tree.map(lambda leaf: jnp.nan * leaf, x))
+        rough = Inclusion(lambda x: jax.tree.map(lambda v: 0.7 * (v - 3.0) - _jump(v), x))
+        return {
+            Status.max_steps: (problem, x0, {"max_steps": 2}),
+            Status.nonfinite: (undefined, x0, {}),
+            Status.stagnated: (rough, x0, {"rtol": 1e-30, "atol": 0.0, "max_steps": 5000}),
+        }
+
+    def poisoned(self, params: Any) -> Any:
+        """NaN as soon as an iterate exceeds one half."""
+        F = lambda x: jnp.where(jnp.max(x) > 0.5, jnp.nan, 0.1 * (x - 1))  # noqa: E731
+        return Inclusion(F), jnp.zeros(3)
 
     def sharded_params(self, dtype: str) -> Any:
         return {"c": jnp.linspace(0.1, 0.9, 4, dtype=dtype)}
@@ -338,3 +387,14 @@ def _quartic(x: Any, G: Any, b: Any) -> Any:
     u, v = x["u"], x["v"]
     w = jnp.sum(G * u[:, None], axis=0)
     return jnp.sum(w**2) / 8 + jnp.sum(u**2) / 2 + jnp.sum(u**4) / 40 - jnp.sum(b * u) + jnp.sum((v - 1) ** 2)
+        F = lambda x: {"u": x["u"] + 0.4 * jnp.sin(x["u"]) - c}  # noqa: E731
+        problem = Inclusion(F, lambda x, step: jax.tree.map(lambda leaf: jnp.clip(leaf, 0.2, 0.4), x))
+        return jaxnum.solve(solver, {"u": jnp.zeros_like(c)}, problem, on_failure="return", **options)
+
+
+def _monotone(x: Any, M: Any, c: Any) -> Any:
+    return {"u": x["u"] + jnp.tanh(M @ x["u"]) - c + 0.1 * jnp.sum(x["v"]), "v": 0.5 * x["v"] - 1}
+
+
+def _shrink(x: Any, by: Any) -> Any:
+    return x - jnp.clip(x, -by, by)
