@@ -7,4 +7,5 @@ from jaxnum.core.combinators import warm_started as warm_started
 from jaxnum.solvers.fixed_point._halpern import halpern as halpern
 from jaxnum.solvers.fixed_point._picard import picard as picard
 from jaxnum.solvers.linear._cg import cg as cg
+from jaxnum.solvers.linear._minres import minres as minres
 from jaxnum.solvers.transport._sinkhorn import sinkhorn as sinkhorn
