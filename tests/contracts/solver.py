@@ -17,7 +17,7 @@ import jaxnum
 from jaxnum import Status
 from jaxnum.core.solver import Solver
 from tests.compiles import count_compiles
-from tests.contracts.solver_problems import ContractionCase, LinearCase, TransportCase
+from tests.contracts.solver_problems import ContractionCase, IndefiniteCase, LinearCase, TransportCase
 from tests.tolerances import tolerance
 
 
@@ -46,6 +46,7 @@ SOLVERS = [
     ),
     SolverMember("cg", jaxnum.solvers.cg, LinearCase()),
     SolverMember("flexible cg", lambda: jaxnum.solvers.cg(flexible=2), LinearCase(), variant=True),
+    SolverMember("minres", jaxnum.solvers.minres, IndefiniteCase(), variant=True),
     SolverMember("sinkhorn", jaxnum.solvers.sinkhorn, TransportCase()),
     SolverMember("unbalanced sinkhorn", jaxnum.solvers.sinkhorn, TransportCase(0.7, 0.8)),
     SolverMember(
