@@ -79,8 +79,10 @@ def advanced(
     x = trees.add_scaled(x, c * state.eta, w)
     r = trees.combine(s * s, r, c * _over(eta, gamma), v)
     size = jnp.maximum(state.size, jnp.hypot(delta, gamma))
-    return x, r, Lanczos(
-        v, z, state.v, w, state.w, gamma, state.gamma, eta, c, s, state.c, state.s, size, _over(a1, size)
+    return (
+        x,
+        r,
+        Lanczos(v, z, state.v, w, state.w, gamma, state.gamma, eta, c, s, state.c, state.s, size, _over(a1, size)),
     )
 
 

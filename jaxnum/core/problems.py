@@ -250,7 +250,9 @@ class Linear(Problem):
                     "Give a function v -> A v for tree-valued b.",
                     checks.TreeError,
                 )
-                like = jax.ShapeDtypeStruct(operator.shape, operator.dtype) if isinstance(operator, Operator) else operator
+                like = (
+                    jax.ShapeDtypeStruct(operator.shape, operator.dtype) if isinstance(operator, Operator) else operator
+                )
                 checks.shape(function, remedy=remedy, **{name: (like, "N N"), "b": (self.b, "N")})
                 checks.same_dtype(function, b=self.b, **{name: like})
         checks.same_tree(function, ("b", self.b), dtypes=True, remedy=remedy, x0=x)

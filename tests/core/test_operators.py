@@ -67,7 +67,9 @@ def test_solves_and_gradients(x64):
     operator = jaxnum.sparse_operator(A)
     grad = jax.grad(lambda A: jaxnum.linear_solve(A, jnp.asarray(b), rtol=1e-12).x.sum(), allow_int=True)(operator)
     # d sum(x) / dA_ij = -y_i x_j with A y = 1, here on the diagonal.
-    np.testing.assert_allclose(_at_diagonal(operator, grad), -np.linalg.solve(A.toarray(), np.ones(60)) * want, atol=1e-10)
+    np.testing.assert_allclose(
+        _at_diagonal(operator, grad), -np.linalg.solve(A.toarray(), np.ones(60)) * want, atol=1e-10
+    )
 
 
 def _at_diagonal(operator, grad):

@@ -49,7 +49,12 @@ def test_solution_and_status(float_dtype):
     np.testing.assert_allclose(solution.x, np.linalg.solve(A, b), atol=20 * rtol)
     assert solution.x.dtype == float_dtype
     # The projection of a preconditioner that is not positive cannot be a metric.
-    bad = solved(jnp.asarray(A, float_dtype), jnp.ones(50, float_dtype), preconditioner=jnp.asarray(-np.eye(50), float_dtype), on_failure="return")
+    bad = solved(
+        jnp.asarray(A, float_dtype),
+        jnp.ones(50, float_dtype),
+        preconditioner=jnp.asarray(-np.eye(50), float_dtype),
+        on_failure="return",
+    )
     assert int(bad.status) == Status.breakdown
 
 
