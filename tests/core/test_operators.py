@@ -16,7 +16,7 @@ from tests.tolerances import tolerance
 def uneven(n, seed=0):
     """Symmetric positive definite, a few entries a row and one full row."""
     rng = np.random.default_rng(seed)
-    A = sp.random(n, n, 3 / n, random_state=seed, data_rvs=rng.normal).tolil()
+    A = sp.random(n, n, 3 / n, random_state=seed, data_rvs=lambda size: rng.normal(size=size)).tolil()
     A[0, :] = rng.normal(size=n)
     A = (A + A.T).tocsr()
     return A + sp.diags(np.asarray(abs(A).sum(axis=1)).ravel() + 1)

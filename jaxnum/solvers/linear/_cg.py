@@ -70,8 +70,9 @@ def cg(*, flexible: int | None = None, verify_symmetry: bool = False) -> Solver:
     Returns:
       A Solver for `Linear`. It stops at ||b - A x|| <= atol + rtol ||b||, where the residual is recomputed from x every
       50 steps and before convergence is declared. `breakdown`: p.Ap <= 0, r.z <= 0, or a dense A that is not
-      symmetric; x is then the last good iterate, and after p.Ap <= 0 the direction p is `solution.state.p`. `stagnated`: rounding errors dominate the residual. `infeasible`: b
-      has a part in the declared null space, or A does not map it to zero.
+      symmetric; x is then the last good iterate, and without `flexible` the direction of p.Ap <= 0 is
+      `solution.state.p`. `stagnated`: rounding errors dominate the residual. `infeasible`: b has a part in the declared
+      null space, or A does not map it to zero.
 
     Raises:
       ValueError: flexible below 1, or verify_symmetry no Python bool.

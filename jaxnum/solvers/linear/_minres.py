@@ -52,7 +52,8 @@ def minres() -> Solver:
       It stops at ||b - A x|| <= atol + rtol ||b||, the 2-norm whatever M, where the residual is recomputed from x every
       50 steps and before convergence is declared. `breakdown`: r.M r <= 0. `stagnated`: rounding errors dominate the
       residual. `infeasible`: A r vanishes and r does not, so x is a least-squares solution of a system that has none
-      (rounding may hide it: then `stagnated`); or b has a part in the declared null space, or A does not map it to zero.
+      (rounding may hide it: then `stagnated`); or b has a part in the declared null space, or A does not map it to
+      zero.
 
     Raises:
       SolverError: through `solve`, for any status but `converged`.
