@@ -41,8 +41,8 @@ def implicit(problem: Any, x: PyTree) -> PyTree:
       ValueError: a function of the problem is not traced: the arrays it captures would silently have derivative zero.
 
     Derivatives: tangents solve root_x dx = -root_p dp in the complement of the null space, by LU below 256 unknowns,
-      else by projected preconditioned CG or MINRES (`problem.symmetric` True, "indefinite") or GMRES. A tangent whose residual is not small is NaN:
-      a singular Jacobian must not look like an answer.
+      else by projected preconditioned CG or MINRES (`problem.symmetric` True or "indefinite") or by GMRES. A tangent
+      whose residual is not small is NaN: a singular Jacobian must not look like an answer.
     """
     members = jax.tree.leaves(problem, is_leaf=lambda member: isinstance(member, Function))
     raw = [member.fn for member in members if isinstance(member, Function) and member.consts is None]

@@ -77,7 +77,8 @@ class DiaOperator(_Sparse):
     @property
     def shape(self) -> tuple[int, int]:
         """(n, n)."""
-        return (self.diagonals.shape[-1],) * 2
+        n = self.diagonals.shape[-1]
+        return (n, n)
 
     @property
     def dtype(self) -> Any:
@@ -225,8 +226,8 @@ def _entries(A: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, int
     wanted = "be a scipy sparse matrix, or a BCOO or BCSR of jax.experimental.sparse"
     checks.value("sparse_operator", "A", is_sparse(A), wanted, type(A).__name__, error=TypeError)
     if hasattr(A, "tocsr"):
-        coo = A.tocoo()
-        rows, columns, values = coo.row, coo.col, np.asarray(coo.data)
+        listed = A.tocoo()
+        rows, columns, values = listed.row, listed.col, np.asarray(listed.data)
     else:
         A = A.to_bcoo() if hasattr(A, "to_bcoo") else A
         remedy = "Convert it before tracing; the operator may then be traced, batched and differentiated."

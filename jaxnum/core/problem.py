@@ -31,7 +31,7 @@ class Problem:
         return x
 
     def preconditioned(self, v: PyTree) -> PyTree:
-        """Approximate inverse of the Jacobian of `root` (symmetric positive definite if `symmetric` is not False), or v."""
+        """Approximate inverse of the Jacobian of `root` (positive definite unless `symmetric` is False), or v."""
         return v
 
     def traced(self, x: PyTree) -> Problem:

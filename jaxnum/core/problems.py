@@ -250,7 +250,7 @@ class Linear(Problem):
                     "Give a function v -> A v for tree-valued b.",
                     checks.TreeError,
                 )
-                like = (
+                like: Any = (
                     jax.ShapeDtypeStruct(operator.shape, operator.dtype) if isinstance(operator, Operator) else operator
                 )
                 checks.shape(function, remedy=remedy, **{name: (like, "N N"), "b": (self.b, "N")})
