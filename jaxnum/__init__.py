@@ -7,6 +7,10 @@ from jaxnum import transforms as transforms
 from jaxnum.core.batched import solve_batched as solve_batched
 from jaxnum.core.costs import DenseCost as DenseCost
 from jaxnum.core.costs import PointCloudCost as PointCloudCost
+from jaxnum.core.operators import DiaOperator as DiaOperator
+from jaxnum.core.operators import EllOperator as EllOperator
+from jaxnum.core.operators import check_symmetric as check_symmetric
+from jaxnum.core.operators import sparse_operator as sparse_operator
 from jaxnum.core.problems import FiniteSum as FiniteSum
 from jaxnum.core.problems import FixedPoint as FixedPoint
 from jaxnum.core.problems import Inclusion as Inclusion

@@ -168,6 +168,7 @@ def linear_solve(
     *,
     preconditioner: Any = None,
     null_space: Any = None,
+    symmetric: bool | str = True,
     solver: Solver | Phases | None = None,
     rtol: Any = None,
     atol: Any = None,
@@ -179,15 +180,20 @@ def linear_solve(
     progress: Any = None,
     on_failure: str = "raise",
 ) -> Solution:
-    """Solve A x = b for a symmetric (Hermitian) positive definite A.
+    """Solve A x = b, by default for a symmetric (Hermitian) positive definite A.
+
+    Several right-hand sides that share A: `jax.vmap(lambda b: linear_solve(A, b).x, in_axes=1, out_axes=1)(B)`.
 
     Args:
-      A: array [n, n], a linear function v -> A v on trees like b, or an object with a method `mv` (a lineax operator).
+      A: array [n, n], a linear function v -> A v on trees like b, an object with a method `mv` (a lineax operator), an
+        operator, or a sparse matrix, which is converted at every call: `jaxnum.sparse_operator` does it once.
       b: right-hand side, array [n] or a pytree of floating-point or complex arrays.
       x0: starting point like b; default zeros.
       preconditioner: symmetric positive definite approximation of the inverse of A, given like A.
       null_space: orthonormal basis [k, ...] of the null space of a singular consistent system, as for a Poisson problem
         with Neumann boundaries.
+      symmetric: True for a positive definite A, "indefinite" for a symmetric one (`jaxnum.solvers.minres`), else False;
+        it chooses the solver of the derivative, see `jaxnum.Linear`.
       solver: default `jaxnum.solvers.cg()`.
       rtol: stop at ||b - A x|| <= atol + rtol ||b||; see `jaxnum.solve`.
       atol: see `jaxnum.solve`.
@@ -207,8 +213,12 @@ def linear_solve(
       SolverError: an eager call that did not converge; `breakdown` when A is not symmetric positive definite.
 
     Example:
-      >>> import jax.numpy as jnp, jaxnum
+      >>> import jax, jax.numpy as jnp, jaxnum
       >>> jaxnum.linear_solve(jnp.diag(jnp.array([1.0, 2.0, 4.0])), jnp.ones(3)).x.round(4).tolist()
+      [1.0, 0.5, 0.25]
+
+      >>> A, B = jnp.diag(jnp.array([1.0, 2.0, 4.0])), jnp.eye(3)
+      >>> jax.vmap(lambda b: jaxnum.linear_solve(A, b).x, in_axes=1, out_axes=1)(B).diagonal().round(4).tolist()
       [1.0, 0.5, 0.25]
     """
     b = jax.tree.map(jnp.asarray, b)
@@ -218,7 +228,7 @@ def linear_solve(
         "linear_solve",
         cg() if solver is None else solver,
         jax.tree.map(jnp.zeros_like, b) if x0 is None else x0,
-        Linear(A, b, preconditioner, null_space),
+        Linear(A, b, preconditioner, null_space, symmetric),
         rtol=rtol,
         atol=atol,
         max_steps=max_steps,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxnum.core import precision, trees
+from jaxnum.core import lanczos, precision, trees
 from jaxnum.core.functions import Function
 from kernels_pallas import checks
 
@@ -41,8 +41,8 @@ def implicit(problem: Any, x: PyTree) -> PyTree:
       ValueError: a function of the problem is not traced: the arrays it captures would silently have derivative zero.
 
     Derivatives: tangents solve root_x dx = -root_p dp in the complement of the null space, by LU below 256 unknowns,
-      else by projected preconditioned CG (`problem.symmetric`) or GMRES. A tangent whose residual is not small is NaN:
-      a singular Jacobian must not look like an answer.
+      else by projected preconditioned CG or MINRES (`problem.symmetric` True or "indefinite") or by GMRES. A tangent
+      whose residual is not small is NaN: a singular Jacobian must not look like an answer.
     """
     members = jax.tree.leaves(problem, is_leaf=lambda member: isinstance(member, Function))
     raw = [member.fn for member in members if isinstance(member, Function) and member.consts is None]
@@ -88,6 +88,8 @@ def _solve_tangent(matvec: Matvec, rhs: PyTree, *, problem: Any) -> PyTree:
     """Solve one projected system, and return NaN where its residual is not small."""
     if trees.size(rhs) < DENSE_BELOW:
         solution = _replicated(_dense, matvec, rhs, problem)
+    elif problem.symmetric == "indefinite":
+        solution = _minimal_residuals(matvec, rhs, problem)
     elif problem.symmetric:
         solution = _conjugate_gradients(matvec, rhs, problem)
     else:
@@ -186,4 +188,27 @@ def _conjugate_gradients(matvec: Matvec, rhs: PyTree, problem: Any) -> PyTree:
 
     z = precondition(rhs)
     start = (jax.tree.map(jnp.zeros_like, rhs), rhs, z, trees.vdot(rhs, z), jnp.int32(0))
+    return jax.lax.while_loop(unfinished, step, start)[0]
+
+
+def _minimal_residuals(matvec: Matvec, rhs: PyTree, problem: Any) -> PyTree:
+    """Projected preconditioned MINRES, which CG's search along directions of negative curvature is no match for."""
+
+    def precondition(r: PyTree) -> tuple[PyTree, jax.Array]:
+        z = problem.project(problem.preconditioned(r))
+        return z, jnp.sqrt(jnp.maximum(trees.vdot(r, z), 0))
+
+    goal = _tolerance(rhs) * trees.norm(rhs)
+
+    def unfinished(carry: tuple) -> jax.Array:
+        _, r, state, k = carry
+        return (trees.norm(r) > goal) & (k < _KRYLOV_STEPS) & (state.gamma > 0)
+
+    def step(carry: tuple) -> tuple:
+        x, r, state, k = carry
+        p = lanczos.normal(state)
+        v, delta = lanczos.orthogonalised(state, p, matvec(p))
+        return *lanczos.advanced(x, r, state, p, delta, v, *precondition(v)), k + 1
+
+    start = (jax.tree.map(jnp.zeros_like, rhs), rhs, lanczos.started(rhs, *precondition(rhs)), jnp.int32(0))
     return jax.lax.while_loop(unfinished, step, start)[0]

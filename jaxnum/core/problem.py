@@ -15,7 +15,8 @@ class Problem:
     Subclasses give `root(x)`; the rest has defaults that fit an isolated solution.
     """
 
-    symmetric: bool = False
+    # True: symmetric positive definite; "indefinite": symmetric.
+    symmetric: bool | str = False
 
     def root(self, x: PyTree) -> PyTree:
         """The optimality function: a tree like x that is zero at a solution."""
@@ -30,7 +31,7 @@ class Problem:
         return x
 
     def preconditioned(self, v: PyTree) -> PyTree:
-        """Approximate inverse of the Jacobian of `root` (symmetric positive definite if `symmetric`), or v."""
+        """Approximate inverse of the Jacobian of `root` (positive definite unless `symmetric` is False), or v."""
         return v
 
     def traced(self, x: PyTree) -> Problem:

@@ -16,8 +16,9 @@ from typing import Any, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 
-from jaxnum.core import functions, trees
+from jaxnum.core import functions, operators, trees
 from jaxnum.core.functions import Function
+from jaxnum.core.operators import Operator
 from jaxnum.core.problem import Problem
 from jaxnum.core.transport import Transport
 from kernels_pallas import checks
@@ -193,14 +194,16 @@ class Linear(Problem):
 
     Attributes:
       A: array [n, n]; or a linear function v -> A v on trees like b; or an object with a method `mv`, such as a
-        lineax operator.
+        lineax operator; or a sparse matrix of scipy or `jax.experimental.sparse`, converted on the host at every call
+        (see `jaxnum.sparse_operator`, which does it once).
       b: array [n], or any pytree of floating-point or complex leaves when A is a function.
       preconditioner: approximate inverse of A: array [n, n], linear function r -> M r, or None. It changes the
         path, not the solution, and so carries no derivative.
       null_space: None, or for a singular consistent system an orthonormal basis of the null space: a tree like b with a
         leading axis over its members. The solution orthogonal to it is returned.
-      symmetric: whether A is symmetric (Hermitian) positive definite, as `cg` needs. The tangent equation is then
-        solved by preconditioned conjugate gradients instead of GMRES. Nothing wrong comes of a wrong claim: a
+      symmetric: True if A is symmetric (Hermitian) positive definite, as `cg` needs; "indefinite" if it is symmetric
+        with a positive definite preconditioner, as `minres` needs; else False. From 256 unknowns on, the tangent
+        equation is solved by conjugate gradients, MINRES or GMRES accordingly. Nothing wrong comes of a wrong claim: a
         tangent whose residual is not small is returned as NaN.
     """
 
@@ -208,18 +211,20 @@ class Linear(Problem):
     b: Any
     preconditioner: Any = None
     null_space: Any = None
-    symmetric: bool = True
+    symmetric: bool | str = True
 
     def __post_init__(self) -> None:
         for name in ("A", "preconditioner"):
             operator = getattr(self, name)
+            if operators.is_sparse(operator):
+                object.__setattr__(self, name, operators.sparse_operator(operator))
             if hasattr(operator, "mv"):
                 object.__setattr__(self, name, Function(operator.mv))
         _wrap(self, "A", "preconditioner")
 
     def matvec(self, v: PyTree) -> PyTree:
         """A v."""
-        return _apply(self.A, v)
+        return operators.apply(self.A, v)
 
     def root(self, x: PyTree) -> PyTree:
         """A x - b."""
@@ -242,7 +247,7 @@ class Linear(Problem):
 
     def preconditioned(self, v: PyTree) -> PyTree:
         """M v, or v without a preconditioner."""
-        return v if self.preconditioner is None else _apply(self.preconditioner, v)
+        return v if self.preconditioner is None else operators.apply(self.preconditioner, v)
 
     def traced(self, x: PyTree) -> Linear:
         """Trace A and the preconditioner at x when they are functions."""
@@ -252,11 +257,12 @@ class Linear(Problem):
     def check(self, function: str, x: PyTree) -> None:
         """A must be square, b must fit A, x must look like b."""
         remedy = "Did you pass a batch? Use jax.vmap or jaxnum.solve_batched."
+        checks.choice(function, "symmetric", self.symmetric, (True, False, "indefinite"))
         checks.dtype(function, "inexact", **{f"b{jax.tree_util.keystr(p)}": v for p, v in _leaves(self.b)})
         for name in ("A", "preconditioner"):
             operator = getattr(self, name)
             known = isinstance(operator, Function) or hasattr(operator, "dtype") or (name != "A" and operator is None)
-            wanted = "be an array [n, n], a linear function or an object with a method `mv`"
+            wanted = "be an array [n, n], a sparse matrix, a linear function or an object with a method `mv`"
             checks.value(function, name, known, wanted, type(operator).__name__, error=TypeError)
             if isinstance(operator, Function):
                 image = jax.eval_shape(operator, self.b)
@@ -272,20 +278,17 @@ class Linear(Problem):
                     "Give a function v -> A v for tree-valued b.",
                     checks.TreeError,
                 )
-                checks.shape(function, remedy=remedy, **{name: (operator, "N N"), "b": (self.b, "N")})
-                checks.same_dtype(function, b=self.b, **{name: operator})
+                like: Any = (
+                    jax.ShapeDtypeStruct(operator.shape, operator.dtype) if isinstance(operator, Operator) else operator
+                )
+                checks.shape(function, remedy=remedy, **{name: (like, "N N"), "b": (self.b, "N")})
+                checks.same_dtype(function, b=self.b, **{name: like})
         checks.same_tree(function, ("b", self.b), dtypes=True, remedy=remedy, x0=x)
         if self.null_space is not None:
             member = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], jnp.result_type(leaf)), self.null_space
             )
             checks.same_tree(function, ("b", self.b), dtypes=True, **{"null_space[i]": member})
-
-
-def _apply(operator: Any, v: PyTree) -> PyTree:
-    if isinstance(operator, Function):
-        return operator(v)
-    return jnp.matmul(operator, v, precision=jax.lax.Precision.HIGHEST)
 
 
 def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:

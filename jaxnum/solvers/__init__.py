@@ -20,6 +20,7 @@ from jaxnum.solvers.linear._dcdm_network import init_dcdm_network as init_dcdm_n
 from jaxnum.solvers.linear._dcdm_network import linear_dcdm_network as linear_dcdm_network
 from jaxnum.solvers.linear._gcro_dr import gcro_dr as gcro_dr
 from jaxnum.solvers.linear._leverage_scores import leverage_scores as leverage_scores
+from jaxnum.solvers.linear._minres import minres as minres
 from jaxnum.solvers.linear._newton_schulz import newton_schulz as newton_schulz
 from jaxnum.solvers.linear._newton_schulz import newton_schulz_regression as newton_schulz_regression
 from jaxnum.solvers.linear._ritz_dataset import ritz_dataset as ritz_dataset

@@ -20,6 +20,7 @@ from tests.compiles import count_compiles
 from tests.contracts.solver_problems import (
     ContractionCase,
     InclusionCase,
+    IndefiniteCase,
     LinearCase,
     MinimizeCase,
     NonsymmetricCase,
@@ -67,6 +68,7 @@ SOLVERS = [
     SolverMember("flexible cg", lambda: jaxnum.solvers.cg(flexible=2), LinearCase(), variant=True),
     SolverMember("dcdm", lambda: jaxnum.solvers.dcdm(_itself), LinearCase(), variant=True),
     SolverMember("gcro_dr", lambda: jaxnum.solvers.gcro_dr(m=4, k=2), NonsymmetricCase(), variant=True),
+    SolverMember("minres", jaxnum.solvers.minres, IndefiniteCase(), variant=True),
     SolverMember("sinkhorn", jaxnum.solvers.sinkhorn, TransportCase()),
     SolverMember("unbalanced sinkhorn", jaxnum.solvers.sinkhorn, TransportCase(0.7, 0.8)),
     SolverMember(

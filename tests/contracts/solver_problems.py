@@ -208,6 +208,33 @@ class NonsymmetricCase(LinearCase):
             Status.breakdown: (singular, jnp.zeros(2), {}),
             Status.stagnated: (Linear(skew, jnp.arange(30.0) / 7, symmetric=False), jnp.zeros(30), {"rtol": 1e-17}),
         }
+class IndefiniteCase(LinearCase):
+    """The same with a symmetric matrix of both signs, where only a bad preconditioner breaks a method down."""
+
+    @staticmethod
+    def matrix(params: Any) -> Any:
+        return LinearCase.matrix(params) * jnp.asarray(_SIGNS, params["G"].dtype)
+
+    def problem(self, params: Any) -> Linear:
+        return replace(super().problem(params), symmetric="indefinite")
+
+    def explicit(self, params: Any) -> Any:
+        x0, problem = super().explicit(params)
+        return x0, replace(problem, symmetric="indefinite")
+
+    def reference(self, params: Any) -> Any:
+        p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+        return np.linalg.solve((p["G"] @ p["G"].T / 5 + np.eye(5)) * _SIGNS, p["b"])
+
+    def failures(self, params: Any) -> dict:
+        M, b = self.matrix(params), params["b"]
+        broken = Linear(M, b, -jnp.eye(5), symmetric="indefinite")
+        return super().failures(params) | {Status.breakdown: (broken, jnp.zeros_like(b), {})}
+
+
+# Two diagonal blocks of opposite sign: indefinite for every positive definite matrix they are laid over.
+_SIGNS = np.zeros((5, 5))
+_SIGNS[:2, :2], _SIGNS[2:, 2:] = 1, -1
 
 
 class TransportCase(Case):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnum.core import trees
+from jaxnum.core.operators import check_symmetric
 from jaxnum.core.problems import Linear
 from jaxnum.core.solver import Defaults, Measure, Solver
 from jaxnum.core.status import Status
@@ -52,7 +53,7 @@ class FlexibleCGState(NamedTuple):
     count: jax.Array
 
 
-def cg(*, flexible: int | None = None) -> Solver:
+def cg(*, flexible: int | None = None, verify_symmetry: bool = False) -> Solver:
     """Preconditioned conjugate gradients for A x = b, A and the preconditioner M symmetric positive definite.
 
     With z = M r: alpha = r.z / p.Ap, x += alpha p, r -= alpha Ap, beta = r'.z' / r.z, p = z' + beta p. The error in the
@@ -62,15 +63,19 @@ def cg(*, flexible: int | None = None) -> Solver:
       flexible: None, or the number m >= 1 of earlier directions to keep orthogonal to, for an M that changes from step
         to step (an inner solve, a network): Notay's FCG(m), p = z - sum_i (z.Ap_i / p_i.Ap_i) p_i over the last
         max(1, k mod (m+1)) directions. m = 1 is the Polak-Ribiere form in exact arithmetic.
+      verify_symmetry: Python bool; a debug check: before the first step compare <u, A v> with <A u, v> for two pairs of
+        random vectors, and break down where they differ by more than rounding. Three products with A each, and about
+        as much to compile. See `jaxnum.check_symmetric`.
 
     Returns:
       A Solver for `Linear`. It stops at ||b - A x|| <= atol + rtol ||b||, where the residual is recomputed from x every
       50 steps and before convergence is declared. `breakdown`: p.Ap <= 0, r.z <= 0, or a dense A that is not
-      symmetric; x is then the last good iterate. `stagnated`: rounding errors dominate the residual. `infeasible`: b
-      has a part in the declared null space, or A does not map it to zero.
+      symmetric; x is then the last good iterate, and without `flexible` the direction of p.Ap <= 0 is
+      `solution.state.p`. `stagnated`: rounding errors dominate the residual. `infeasible`: b has a part in the declared
+      null space, or A does not map it to zero.
 
     Raises:
-      ValueError: flexible below 1.
+      ValueError: flexible below 1, or verify_symmetry no Python bool.
 
     Cost: one A, one M a step.
 
@@ -87,10 +92,11 @@ def cg(*, flexible: int | None = None) -> Solver:
       >>> int(solution.steps)
       2
     """
+    verify = checks.flag("cg", "verify_symmetry", verify_symmetry)
     if flexible is None:
         return Solver(
             name="cg",
-            init=_init,
+            init=_verified_init if verify else _init,
             step=_step,
             measure=_measure,
             refresh=_refresh,
@@ -103,6 +109,7 @@ def cg(*, flexible: int | None = None) -> Solver:
     return Solver(
         name="cg",
         init=flexible_init,
+        init=_verified_flexible_init if verify else _flexible_init,
         step=_flexible_step,
         measure=flexible_measure,
         refresh=flexible_refresh,
@@ -122,6 +129,16 @@ def _init(hyper: None, x: PyTree, problem: Linear) -> CGState:
     zero, still = jnp.zeros_like(scale), jax.tree.map(jnp.zeros_like, problem.b)
     # The first look finds that r = 0 is meaningless, which is no sign of drift.
     return CGState(still, still, zero, zero, scale, mark, jnp.bool_(True))
+
+
+def _verified_init(hyper: None, x: PyTree, problem: Linear) -> CGState:
+    return _verified(_init(hyper, x, problem), problem)
+
+
+def _verified(state: CGState, problem: Linear) -> CGState:
+    defect = check_symmetric(problem.matvec, jax.random.key(0), problem.b)
+    wrong = defect > jnp.finfo(defect.dtype).eps ** 0.5
+    return state._replace(mark=jnp.where(wrong, jnp.int32(Status.breakdown), state.mark))
 
 
 def _precondition(r: PyTree, problem: Linear) -> tuple[PyTree, jax.Array, jax.Array]:
@@ -194,7 +211,8 @@ def _step(hyper: None, x: PyTree, state: CGState, problem: Linear) -> tuple[PyTr
     new = new._replace(rz=jnp.where(kept, slope, rz))
     beta = _ratio(state.look, rz, state.rz)
     p = trees.combine(jnp.where(kept, 0, jnp.ones_like(beta)), z, jnp.where(kept, 1, beta), state.p)
-    return x, new._replace(p=p)
+    # A direction of no curvature is worth keeping: who minimises wants to go along it.
+    return x, new._replace(p=trees.where(new.mark == Status.breakdown, state.p, p))
 
 
 def _measure(hyper: Any, x: PyTree, state: CGState, problem: Linear) -> Measure:
@@ -210,6 +228,11 @@ def flexible_init(hyper: jax.Array, x: PyTree, problem: Linear) -> FlexibleCGSta
     ring = jax.tree.map(lambda leaf: jnp.stack([jnp.zeros_like(leaf)] * hyper.shape[0]), x)
     base = _init(None, x, problem)
     return FlexibleCGState(base, ring, ring, jnp.ones(hyper.shape, base.rz.dtype), jnp.int32(0))
+
+
+def _verified_flexible_init(hyper: jax.Array, x: PyTree, problem: Linear) -> FlexibleCGState:
+    state = _flexible_init(hyper, x, problem)
+    return state._replace(base=_verified(state.base, problem))
 
 
 def _flexible_step(
