@@ -51,6 +51,7 @@ SOLVERS = [
     SolverMember(
         "scaled sinkhorn", lambda: jaxnum.solvers.sinkhorn(epsilon_scaling=0.5), TransportCase(), variant=True
     ),
+    SolverMember("newton", jaxnum.solvers.newton, TransportCase(), variant=True),
 ]
 
 TIGHT = {"rtol": 1e-13, "atol": 1e-13}
