@@ -107,8 +107,8 @@ def digits() -> dict[str, float]:
     """A zero onto a one of scikit-learn's digits, squared distances on the 8 x 8 grid, epsilon 1e-2 of a pixel."""
     from sklearn.datasets import load_digits
 
-    images = load_digits().images
-    a, b = (jnp.asarray(images[i].ravel() / images[i].sum()) for i in (0, 1))
+    images = np.asarray(load_digits(return_X_y=True)[0])
+    a, b = (jnp.asarray(images[i] / images[i].sum()) for i in (0, 1))
     grid = jnp.stack(jnp.meshgrid(*2 * [jnp.arange(8.0)]), axis=-1).reshape(-1, 2)
     return _figures("digits", squares(grid, grid), a, b, 1e-2)
 

@@ -85,8 +85,8 @@ def newton(*, linear: str = "auto", shift: float | jax.Array = 1e-3) -> Solver:
     gradient is q = b exp(-k_b v) - P^T 1 and minus its Hessian the Schur complement
     S = diag(d) - P^T diag(tau_a / P 1) P, d = P^T 1 + k_b b exp(-k_b v). A step solves
     (S + mu diag(d)) w = q, mu proportional to the marginal error, and halves w until the dual has risen enough. Rows
-    are exact after each step, so that no plan overflows on the way. Where the system is of no use (a column without mass, a
-    factorisation that breaks down) the step is Sinkhorn's.
+    are exact after each step, so that no plan overflows on the way. Where the system is of no use (a column without
+    mass, a factorisation that breaks down) the step is Sinkhorn's.
 
     Args:
       linear: "cg": conjugate gradients in the scaled variables with the Jacobi preconditioner, to a tolerance that
