@@ -164,7 +164,7 @@ class Transport(Problem):
         epsilon, tau_a, tau_b = self.scalars
         u, v = self.log_scalings(x)
         mass = jnp.sum(jnp.exp(u + self.cost.lse_rows(v, epsilon)))
-        return epsilon * (_gain(u, self.a, tau_a) + _gain(v, self.b, tau_b) - mass)
+        return epsilon * (gain(u, self.a, tau_a) + gain(v, self.b, tau_b) - mass)
 
     def check(self, function: str, x: Pair) -> None:
         """Weights are floating-point vectors that fit the cost; epsilon and tau are scalars in their ranges."""
@@ -202,7 +202,7 @@ def _excess(u: jax.Array, lse: jax.Array, weights: jax.Array, tau: jax.Array) ->
     return jnp.where(held, excess, 0).astype(weights.dtype)
 
 
-def _gain(u: jax.Array, weights: jax.Array, tau: jax.Array) -> jax.Array:
+def gain(u: jax.Array, weights: jax.Array, tau: jax.Array) -> jax.Array:
     """<w, 1 - exp(-k u)> / k, which is <w, u> for k = 0."""
     u = jnp.where(weights > 0, u, 0)
     k = (1 - tau) / tau

@@ -40,4 +40,6 @@ from jaxnum.solvers.monotone._cocoercive_halpern import cocoercive_halpern as co
 from jaxnum.solvers.monotone._extragradient import extragradient as extragradient
 from jaxnum.solvers.monotone._feg import feg as feg
 from jaxnum.solvers.monotone._vr_halpern import vr_halpern as vr_halpern
+from jaxnum.solvers.transport._newton import newton as newton
 from jaxnum.solvers.transport._sinkhorn import sinkhorn as sinkhorn
+from jaxnum.solvers.transport._sns import sns as sns

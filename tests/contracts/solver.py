@@ -76,6 +76,7 @@ SOLVERS = [
     ),
     SolverMember("newton_cg", jaxnum.solvers.newton_cg, MinimizeCase(), variant=True),
     SolverMember("bcd", lambda: jaxnum.solvers.bcd(block_size=2), MinimizeCase()),
+    SolverMember("newton", jaxnum.solvers.newton, TransportCase(), variant=True),
 ]
 
 TIGHT = {"rtol": 1e-13, "atol": 1e-13}

@@ -6,16 +6,14 @@ Source: Cuturi 2013; unbalanced: Chizat et al. 2018; epsilon scaling: Schmitzer 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxnum.core import precision, trees
 from jaxnum.core.solver import ByPrecision, Defaults, Measure, Solver
-from jaxnum.core.status import Status
 from jaxnum.core.transport import Transport
+from jaxnum.solvers.transport import marginals
 from kernels_pallas import checks
 
 Pair = tuple[jax.Array, jax.Array]
@@ -134,55 +132,27 @@ def _init(hyper: SinkhornHyper, x: Pair, problem: Transport) -> SinkhornState:
     return SinkhornState(rows, cols, jnp.int32(0), yes, stage)
 
 
-def _infeasible(problem: Transport) -> jax.Array:
-    epsilon, tau_a, tau_b = problem.scalars
-    mass_a, mass_b = problem.masses
-    # Normalised weights sum to 1 up to the rounding of each of them, so the slack is that of their own dtype.
-    rounding = precision.attainable(problem.a) * 4 * (problem.a.size + problem.b.size) ** 0.5
-    good = (mass_a > 0) & (mass_b > 0) & jnp.isfinite(mass_a) & jnp.isfinite(mass_b)
-    good &= ~problem.balanced | (jnp.abs(mass_a - mass_b) <= rounding * mass_a)
-    good &= (epsilon > 0) & (tau_a > 0) & (tau_a <= 1) & (tau_b > 0) & (tau_b <= 1)
-    return jnp.where(good, jnp.int32(0), jnp.int32(Status.infeasible))
-
-
 def _step(hyper: SinkhornHyper, x: Pair, state: SinkhornState, problem: Transport) -> tuple[Pair, SinkhornState]:
     target, tau_a, tau_b = problem.scalars
     look, stage = state.look, state.stage
     now, after = (target, target) if stage is None else (stage.epsilon, _next_epsilon(hyper, stage, look, target))
     still = look if stage is None else look | ~stage.fresh
-    flag = jnp.where(look, _infeasible(problem), 0)
+    flag = jnp.where(look, marginals.infeasible(problem), 0)
     f, g = x
-    problem = _tied(problem, x)
+    problem = marginals.tied(problem, x)
     f = jnp.where(still, f, _update(f, state.rows, problem.a, tau_a, now, hyper.momentum))
     cols = problem.cost.lse_cols(problem.log_scalings((f, g), now)[0], _variable(now, x))
-    cols = _laid(cols, problem.b)
+    cols = marginals.laid(cols, problem.b)
     g = jnp.where(look, g, _update(g, cols, problem.b, tau_b, now, hyper.momentum))
     rows = problem.cost.lse_rows(problem.log_scalings((f, g), after)[1], _variable(after, x))
-    rows = _laid(rows, problem.a)
+    rows = marginals.laid(rows, problem.a)
     new = SinkhornState(rows, cols, flag, jnp.zeros_like(look), stage)
     return (f, g), new if stage is None else new._replace(stage=_next_stage(hyper, (f, g), new, look, after, problem))
-
-
-def _tied(problem: Transport, x: Pair) -> Transport:
-    """The problem with weights of which XLA believes that they change with x.
-
-    Otherwise it computes masks and logarithms of the weights before the loop, each a kernel to compile and one more
-    array to read.
-    """
-    a, b = jax.lax.optimization_barrier((problem.a, problem.b, x))[:2]
-    return replace(problem, a=a, b=b)
 
 
 def _variable(epsilon: jax.Array, x: Pair) -> jax.Array:
     # Otherwise XLA keeps C / epsilon, another matrix, through the loop.
     return jax.lax.optimization_barrier((epsilon, x))[0]
-
-
-def _laid(lse: jax.Array, weights: jax.Array) -> jax.Array:
-    """Log-sum-exps with the sharding of the weights, where shardings are explicit."""
-    if trees.explicitly_sharded((lse, weights)):
-        return jax.sharding.reshard(lse, jax.typeof(weights).sharding)
-    return lse
 
 
 def _next_epsilon(hyper: SinkhornHyper, stage: SinkhornStage, look: jax.Array, target: jax.Array) -> jax.Array:
@@ -198,7 +168,7 @@ def _next_stage(
     target = problem.scalars[0]
     stage: SinkhornStage = state.stage  # pyright: ignore[reportAssignmentType]  # called only where there is one
     # A start is judged at the target epsilon. Rows at the target are of no use at the epsilon a cold start gets.
-    error = _marginal_error(x, state, problem)
+    error = marginals.error(x, state.rows, state.cols, problem)
     warm = error <= 0.1 * jnp.where(problem.balanced, jnp.sum(problem.a) + jnp.sum(problem.b), 1)
     begin = jnp.where(warm, target, jnp.maximum(problem.cost.largest().astype(target.dtype), target))
     return SinkhornStage(
@@ -226,30 +196,10 @@ def _update(
 
 
 def _measure(hyper: SinkhornHyper, x: Pair, state: SinkhornState, problem: Transport) -> Measure:
-    residual = _marginal_error(x, state, problem)
+    residual = marginals.error(x, state.rows, state.cols, problem)
     one = jnp.ones((), residual.dtype)
     if state.stage is None:
         return Measure(residual, one, state.flag)
     # Potentials of another epsilon may well overflow at the target; NaN means what it says.
     waiting = jnp.where(jnp.isnan(residual), residual, jnp.finfo(residual.dtype).max)
     return Measure(jnp.where(state.stage.judged, residual, waiting), one, state.flag)
-
-
-def _marginal_error(x: Pair, state: SinkhornState, problem: Transport) -> jax.Array:
-    problem = _tied(problem, x)
-    epsilon, tau_a, tau_b = problem.scalars
-    wrong_a, next_a = _errors(x[0], epsilon, state.rows, problem.a, tau_a)
-    wrong_b, next_b = _errors(x[1], epsilon, state.cols, problem.b, tau_b)
-    return jnp.where(problem.balanced, wrong_a + wrong_b, jnp.maximum(next_a, next_b))
-
-
-def _errors(
-    potential: jax.Array, epsilon: jax.Array, lse: jax.Array, weights: jax.Array, tau: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """L1 error of a marginal, and the sup-norm of the next change of its log scaling."""
-    held = weights > 0
-    u = jnp.where(held, potential, 0).astype(lse.dtype) / epsilon
-    wrong = jnp.where(held, jnp.abs(jnp.exp(u + lse) - weights.astype(lse.dtype)), 0)
-    logs = jnp.log(jnp.where(held, weights, 1)).astype(lse.dtype)
-    change = jnp.where(held, jnp.abs(tau * (logs - lse) - u), 0)
-    return jnp.sum(wrong), jnp.max(change)

@@ -1,0 +1,172 @@
+"""Sinkhorn sweeps and Newton steps to a 1e-9 marginal error, against sweeps alone: ott-jax and POT.
+
+Points in the unit square, and real data: colours of photographs, and digits on their pixel grid.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import measure
+from benchmarks.registry import Params, Peer, Row, Target, register
+
+TOLERANCE = 1e-9
+SWEEPS = 50
+PEER_STEPS = 200_000
+
+
+def make(params: Params) -> tuple:
+    """Squared distances between two clouds in the unit square, and uniform weights."""
+    n = params["n"]
+    x, y = (jax.random.uniform(key, (n, 2), jnp.float64) for key in jax.random.split(jax.random.key(0)))
+    a = jnp.full(n, 1 / n)
+    return squares(x, y), a, a
+
+
+def squares(x, y):
+    return jnp.sum((x[:, None] - y[None]) ** 2, axis=-1)
+
+
+def run(params: Params):
+    import jaxnum
+
+    solver = jaxnum.solvers.sns(sweeps=SWEEPS)
+    return lambda C, a, b: jaxnum.transport(C, a, b, params["epsilon"], solver=solver, rtol=TOLERANCE).x
+
+
+def ott(params: Params):
+    from ott.geometry import geometry
+    from ott.problems.linear import linear_problem
+    from ott.solvers.linear import sinkhorn
+
+    solver = sinkhorn.Sinkhorn(threshold=TOLERANCE, max_iterations=PEER_STEPS)
+
+    def solve(C, a, b):
+        out = solver(linear_problem.LinearProblem(geometry.Geometry(C, epsilon=params["epsilon"]), a=a, b=b))
+        return out.f, out.g
+
+    return solve
+
+
+def pot(params: Params):
+    """POT in the log domain; its threshold is on the L2 norm of the marginal error, up to sqrt(n) below the L1 norm."""
+    import ot
+
+    def solve(C, a, b):
+        C, a, b = map(np.asarray, (C, a, b))
+        stop, limit, epsilon = TOLERANCE / C.shape[0] ** 0.5, PEER_STEPS, params["epsilon"]
+        _, log = ot.sinkhorn(a, b, C, epsilon, method="sinkhorn_log", stopThr=stop, numItermax=limit, log=True)
+        return epsilon * log["log_u"], epsilon * log["log_v"]
+
+    return solve
+
+
+def reference(params: Params):
+    """Our sweeps alone, to a hundredth of the error."""
+    import jaxnum
+
+    def solve(C, a, b):
+        solver = jaxnum.solvers.sinkhorn(momentum=1.5)
+        options = {"solver": solver, "rtol": TOLERANCE / 100, "max_steps": PEER_STEPS, "on_failure": "return"}
+        return jaxnum.transport(C, a, b, params["epsilon"], **options).x
+
+    return solve
+
+
+def error(output, truth) -> float:
+    """Relative error of the potentials in one gauge, mean f = 0; each package returns another."""
+    centred = [(np.asarray(f) - np.mean(f), np.asarray(g) + np.mean(f)) for f, g in (output, truth)]
+    return measure.relative_error(*centred)
+
+
+def assignment() -> dict[str, float]:
+    """Newton steps to 1e-9 on random costs of 100 x 100, and the marginal error that is left."""
+    import jaxnum
+
+    C, a = jnp.asarray(np.random.default_rng(0).random((100, 100))), jnp.full(100, 0.01)
+    figures = {}
+    for eta in (400, 1200):
+        options = {"solver": jaxnum.solvers.sns(), "rtol": TOLERANCE, "on_failure": "return"}
+        solution = jaxnum.transport(C, a, a, 1 / eta, **options)
+        figures[f"newton_steps_eta_{eta}"] = int(solution.phase_steps[1])
+        figures[f"marginal_error_eta_{eta}"] = float(solution.residual)
+    return figures
+
+
+def photographs() -> dict[str, float]:
+    """The two sample photographs of scikit-learn as clouds of 4,000 colours each, epsilon 1e-3."""
+    from sklearn.datasets import load_sample_images
+
+    random = np.random.default_rng(0)
+    clouds = [random.choice(image.reshape(-1, 3) / 255, 4000) for image in load_sample_images().images]
+    a = jnp.full(4000, 1 / 4000)
+    return _figures("photographs", squares(*map(jnp.asarray, clouds)), a, a, 1e-3)
+
+
+def digits() -> dict[str, float]:
+    """A zero onto a one of scikit-learn's digits, squared distances on the 8 x 8 grid, epsilon 1e-2 of a pixel."""
+    from sklearn.datasets import load_digits
+
+    images = np.asarray(load_digits(return_X_y=True)[0])
+    a, b = (jnp.asarray(images[i] / images[i].sum()) for i in (0, 1))
+    grid = jnp.stack(jnp.meshgrid(*2 * [jnp.arange(8.0)]), axis=-1).reshape(-1, 2)
+    return _figures("digits", squares(grid, grid), a, b, 1e-2)
+
+
+def _figures(name, C, a, b, epsilon) -> dict[str, float]:
+    import jaxnum
+
+    solver = jaxnum.solvers.sns(sweeps=SWEEPS, epsilon_scaling=0.5)
+    solution = jaxnum.transport(C, a, b, epsilon, solver=solver, rtol=TOLERANCE, on_failure="return", adjoint="none")
+    return {
+        f"{name}_sweeps": int(solution.phase_steps[0]),
+        f"{name}_newton_steps": int(solution.phase_steps[1]),
+        f"{name}_cg_steps": int(solution.state.inner),
+        f"{name}_marginal_error": float(solution.residual),
+    }
+
+
+register(
+    Row(
+        name="sns",
+        covers=("newton", "sns"),
+        shapes={"square_1000": {"n": 1000, "epsilon": 1e-3}},
+        make=make,
+        run=run,
+        reference=reference,
+        modes=("solve",),
+        tests=("tests/solvers/test_newton.py", "tests/solvers/test_sns.py"),
+        peers={"ott": Peer("ott-jax", ott), "pot": Peer("POT", pot, jit=False)},
+        targets=(
+            Target(
+                "speedup",
+                20,
+                "SNS on the unit square, 1000 points, epsilon 1e-3, to a 1e-9 marginal error: at least 20x ott-jax.",
+                at_least=True,
+                peer="ott",
+            ),
+            Target(
+                "figure",
+                20,
+                "At n = 100, eta = 400 at most 20 Newton steps to a 1e-9 marginal error.",
+                figure="newton_steps_eta_400",
+            ),
+            Target(
+                "figure",
+                1e-9,
+                "At n = 100, eta = 1200 the marginal error reaches 1e-9.",
+                figure="marginal_error_eta_1200",
+            ),
+            Target(
+                "figure",
+                1e-9,
+                "Two photographs as clouds of 4,000 colours reach a 1e-9 marginal error.",
+                figure="photographs_marginal_error",
+            ),
+            Target("figure", 1e-9, "Digits reach a 1e-9 marginal error.", figure="digits_marginal_error"),
+        ),
+        figures={"assignment": assignment, "photographs": photographs, "digits": digits},
+        error=error,
+        x64=True,
+    )
+)
