@@ -19,6 +19,7 @@ from kernels_pallas._ring_attention import from_ring_attention_layout as from_ri
 from kernels_pallas._ring_attention import ring_attention as ring_attention
 from kernels_pallas._ring_attention import ring_attention_positions as ring_attention_positions
 from kernels_pallas._ring_attention import to_ring_attention_layout as to_ring_attention_layout
+from kernels_pallas._softmin import softmin as softmin
 from kernels_pallas.cache import KVCache as KVCache
 from kernels_pallas.cache import PagedKVCache as PagedKVCache
 from kernels_pallas.cache import append_to_cache as append_to_cache
