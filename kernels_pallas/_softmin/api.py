@@ -61,7 +61,7 @@ def softmin(
       computed again, by XLA on every platform; all modes through "reference". Where points coincide, the euclidean and
       cityblock costs have derivative zero. Rows of -inf have gradient zero, and so have points without mass.
 
-    Source: Feydy et al., "Interpolating between optimal transport and MMD using Sinkhorn divergences" (2019), section 3;
+    Source: Feydy et al., "Interpolating between optimal transport and MMD using Sinkhorn divergences" (2019);
       the online maximum: Milakov & Gimelshein, "Online normalizer calculation for softmax" (2018).
 
     Example:
@@ -125,7 +125,7 @@ def _not_on_gpu(config: Config, operands: Operands) -> str | None:
 _UNSUPPORTED = {"tpu": _not_on_tpu, "gpu": _not_on_gpu}
 
 
-# --- Derivatives: one rule above dispatch. Its backward pass is plain JAX, so orders above the first need no rule. -----
+# --- Derivatives: one rule above dispatch. Its backward pass is plain JAX, so orders above the first need no rule. ----
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
