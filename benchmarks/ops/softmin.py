@@ -79,7 +79,7 @@ def sweeps() -> dict[str, float]:
 
 
 def convergence() -> dict[str, float]:
-    """Transport between 5,000 points: the steps it takes, the marginal error it ends with, its status (0: converged)."""
+    """Transport between 5,000 points: steps, the marginal error at the end, and the status (0: converged)."""
     import jaxnum
 
     x, y, _ = make({"n": 5000, "dtype": "float64"})

@@ -77,7 +77,7 @@ def softmin(
     if implementation == "reference" or operands.x.size * operands.v.size == 0:
         return reference.forward(config, operands)[0]
     guarded = dispatch.refuse_forward_mode(NAME, dispatch.align(operands))
-    return _differentiable((implementation, config), guarded)[0]  # pyright: ignore[reportGeneralTypeIssues]
+    return _differentiable((implementation, config), guarded)[0]  # pyright: ignore[reportIndexIssue]
 
 
 def prepare(x: Any, y: Any, v: Any, epsilon: Any, *, kind: str = "sqeuclidean") -> tuple[Config, Operands]:
