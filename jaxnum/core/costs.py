@@ -258,7 +258,8 @@ def _distances(kind: str, x: jax.Array, y: jax.Array) -> jax.Array:
     acc = precision.accumulator(x.dtype)
     difference = x[:, None, :].astype(acc) - y[None, :, :].astype(acc)
     if kind == "cityblock":
-        return jnp.sum(jnp.abs(difference), axis=-1)
+        # Not jnp.abs, whose derivative at 0 is 1.
+        return jnp.sum(difference * jnp.sign(difference), axis=-1)
     squares = jnp.sum(difference * difference, axis=-1)
     if kind == "sqeuclidean":
         return squares

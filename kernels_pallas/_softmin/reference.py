@@ -13,7 +13,8 @@ def forward(config: Config, operands: Operands) -> jax.Array:
     dtype = operands.v.dtype
     difference = operands.x[:, :, None].astype(dtype) - operands.y[:, None].astype(dtype)
     if config.kind == "cityblock":
-        cost = jnp.sum(jnp.abs(difference), axis=-1)
+        # The product has derivative 0 at 0.
+        cost = jnp.sum(difference * jnp.sign(difference), axis=-1)
     else:
         cost = jnp.sum(difference * difference, axis=-1)
     if config.kind == "euclidean":

@@ -110,3 +110,10 @@ def test_arguments_are_checked():
         softmin(x, y, v, 1.0, kind="cosine")
     with pytest.raises(NotImplementedError, match=r"^softmin: implementation 'gpu' cannot do this call: it has no"):
         softmin(x, y, v, 1.0, implementation="gpu")
+
+
+def test_a_coordinate_that_ties_has_cityblock_derivative_zero(x64):
+    x, y = jnp.asarray([[0.0, 1.0]]), jnp.asarray([[0.0, 0.0]])
+    for implementation in ("reference", "xla"):
+        f = lambda x, of=implementation: softmin(x, y, jnp.zeros(1), 1.0, kind="cityblock", implementation=of)[0]  # noqa: E731
+        np.testing.assert_array_equal(jax.grad(f)(x), [[0.0, -1.0]])
