@@ -142,6 +142,7 @@ def skeleton(tmp_path_factory):
         path.touch()
     # An exception that is never used would be an error.
     (folder / "jaxnum/core/b.py").write_text("import kernels_pallas.checks\n")
+    (folder / "jaxnum/core/costs.py").write_text("import kernels_pallas\n")
     shutil.copy(ROOT / "pyproject.toml", folder)
     return folder
 

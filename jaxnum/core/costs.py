@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnum.core import precision
-from kernels_pallas import checks
+from jaxnum.core import precision, trees
+from kernels_pallas import checks, softmin
 
 __all__ = ["Cost", "DenseCost", "PointCloudCost", "as_cost"]
 
@@ -150,7 +150,8 @@ class PointCloudCost(Cost):
       x: points [n, d], floating point.
       y: points [m, d], of the same dtype.
       kind: "sqeuclidean" (sum of squares), "euclidean" or "cityblock" (sum of absolute values).
-      block: rows computed at once, Python int >= 1. Small blocks stay in a CPU's cache; accelerators like 1024.
+      block: rows computed at once, Python int >= 1, in derivatives, `apply` and `total`; log-sum-exps come from
+        `kernels_pallas.softmin`, which has blocks of its own. Small ones stay in a CPU's cache; accelerators like 1024.
 
     Derivatives: any order in linear memory; blocks are recomputed in the backward pass. Where points coincide, the
       euclidean and cityblock costs have derivative zero.
@@ -206,6 +207,12 @@ class PointCloudCost(Cost):
         checks.dtype(function, "floating", **{"cost.x": self.x, "cost.y": self.y})
         checks.same_dtype(function, **{"cost.x": self.x, "cost.y": self.y})
 
+    def lse_rows(self, v: jax.Array, epsilon: jax.Array) -> jax.Array:
+        """As of every cost, by the kernel; explicitly sharded clouds, which it does not take, by blocks of rows."""
+        if trees.explicitly_sharded((self.x, self.y, v)):
+            return super().lse_rows(v, epsilon)
+        return _online((self.kind, self.block), self.x, self.y, v, jnp.asarray(epsilon, v.dtype))
+
     def over_rows(self, reduce: Callable, *rows: jax.Array) -> jax.Array:
         """Blocks one after the other; each is recomputed when derivatives need it."""
         n = self.shape[0]
@@ -232,11 +239,27 @@ class PointCloudCost(Cost):
         return out[:n]
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _online(static: tuple, x: jax.Array, y: jax.Array, v: jax.Array, epsilon: jax.Array) -> jax.Array:
+    return softmin(x, y, v, epsilon, kind=static[0]).astype(v.dtype)
+
+
+@_online.defjvp
+def _online_jvp(static: tuple, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    """By blocks of rows: implicit derivatives need forward mode, which the kernel does not have."""
+
+    def blocks(x: jax.Array, y: jax.Array, v: jax.Array, epsilon: jax.Array) -> jax.Array:
+        return Cost.lse_rows(PointCloudCost(x, y, *static), v, epsilon)
+
+    return _online(static, *primals), jax.jvp(blocks, primals, tangents)[1]
+
+
 def _distances(kind: str, x: jax.Array, y: jax.Array) -> jax.Array:
     acc = precision.accumulator(x.dtype)
     difference = x[:, None, :].astype(acc) - y[None, :, :].astype(acc)
     if kind == "cityblock":
-        return jnp.sum(jnp.abs(difference), axis=-1)
+        # Not jnp.abs, whose derivative at 0 is 1.
+        return jnp.sum(difference * jnp.sign(difference), axis=-1)
     squares = jnp.sum(difference * difference, axis=-1)
     if kind == "sqeuclidean":
         return squares

@@ -19,6 +19,7 @@ from tests.contracts.delta_rule_cases import DeltaRuleCase
 from tests.contracts.kernel_cases import AttentionCase
 from tests.contracts.linear_attention_cases import LinearAttentionCase
 from tests.contracts.scan_cases import LinearScanCase, SelectiveScanCase
+from tests.contracts.softmin_cases import SoftminCase
 from tests.tolerances import tolerance
 
 PLATFORMS = ("cpu", "tpu", "cuda")
@@ -76,6 +77,7 @@ KERNELS = [
         SelectiveScanCase(),
     ),
     KernelMember("decode_attention", DecodeCase.api, DecodeCase.implementations(), DecodeCase.backward(), DecodeCase()),
+    KernelMember("softmin", SoftminCase.api, SoftminCase.implementations(), SoftminCase.backward(), SoftminCase()),
 ]
 DIFFERENTIATED = ("xla",)
 
