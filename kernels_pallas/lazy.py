@@ -16,14 +16,17 @@ def attach(package: str, names: Mapping[str, Sequence[str]]) -> tuple[Callable, 
 
     Args:
       package: dotted name of the package.
-      names: for each of its modules, by its name inside the package, the names it gives.
+      names: for each module the names it gives; modules of the package itself begin with a dot, and "." gives
+        modules.
     """
-    home = {name: f"{package}.{module}" for module, given in names.items() for name in given}
+    home = {name: module for module, given in names.items() for name in given}
 
     def get(name: str) -> Any:
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(home[name]), name)
+        if home[name] == ".":
+            return importlib.import_module(f"{package}.{name}")
+        value = getattr(importlib.import_module(home[name], package), name)
         setattr(sys.modules[package], name, value)
         return value
 

@@ -12,8 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxnum
-from jaxnum import DenseCost, FixedPoint, Linear, Minimize, Status, Transport
-from jaxnum import DenseCost, FixedPoint, Inclusion, Linear, Status, Transport
+from jaxnum import DenseCost, FixedPoint, Inclusion, Linear, Minimize, Status, Transport
 
 
 class Case:
@@ -208,6 +207,8 @@ class NonsymmetricCase(LinearCase):
             Status.breakdown: (singular, jnp.zeros(2), {}),
             Status.stagnated: (Linear(skew, jnp.arange(30.0) / 7, symmetric=False), jnp.zeros(30), {"rtol": 1e-17}),
         }
+
+
 class IndefiniteCase(LinearCase):
     """The same with a symmetric matrix of both signs, where only a bad preconditioner breaks a method down."""
 
@@ -356,6 +357,22 @@ class MinimizeCase(Case):
         """A gradient that is NaN as soon as an iterate exceeds one half, where f is finite."""
         edge = lambda x: jnp.sqrt(jnp.maximum(0.5 - jnp.max(x), 0))  # noqa: E731
         return Minimize(lambda x: jnp.sum((x - 1) ** 2) + 0.1 * edge(x)), jnp.zeros(3)
+
+    def sharded_params(self, dtype: str) -> Any:
+        return {"c": jnp.linspace(0.1, 0.9, 4, dtype=dtype)}
+
+    def sharded_solve(self, solver: Any, params: Any, options: Any) -> Any:
+        c = params["c"]
+        f = lambda x: jnp.sum(jnp.cosh(x["u"] - c)) + 0.1 * jnp.sum(x["u"]) ** 2  # noqa: E731
+        return jaxnum.solve(solver, {"u": jnp.zeros_like(c)}, Minimize(f), on_failure="return", **options)
+
+
+def _quartic(x: Any, G: Any, b: Any) -> Any:
+    u, v = x["u"], x["v"]
+    w = jnp.sum(G * u[:, None], axis=0)
+    return jnp.sum(w**2) / 8 + jnp.sum(u**2) / 2 + jnp.sum(u**4) / 40 - jnp.sum(b * u) + jnp.sum((v - 1) ** 2)
+
+
 class InclusionCase(Case):
     """0 in F(x) + G(x): soft thresholding on a coupled leaf, some of it at zero, and a leaf that nothing perturbs."""
 
@@ -406,14 +423,6 @@ class InclusionCase(Case):
 
     def sharded_solve(self, solver: Any, params: Any, options: Any) -> Any:
         c = params["c"]
-        f = lambda x: jnp.sum(jnp.cosh(x["u"] - c)) + 0.1 * jnp.sum(x["u"]) ** 2  # noqa: E731
-        return jaxnum.solve(solver, {"u": jnp.zeros_like(c)}, Minimize(f), on_failure="return", **options)
-
-
-def _quartic(x: Any, G: Any, b: Any) -> Any:
-    u, v = x["u"], x["v"]
-    w = jnp.sum(G * u[:, None], axis=0)
-    return jnp.sum(w**2) / 8 + jnp.sum(u**2) / 2 + jnp.sum(u**4) / 40 - jnp.sum(b * u) + jnp.sum((v - 1) ** 2)
         F = lambda x: {"u": x["u"] + 0.4 * jnp.sin(x["u"]) - c}  # noqa: E731
         problem = Inclusion(F, lambda x, step: jax.tree.map(lambda leaf: jnp.clip(leaf, 0.2, 0.4), x))
         return jaxnum.solve(solver, {"u": jnp.zeros_like(c)}, problem, on_failure="return", **options)

@@ -108,8 +108,7 @@ def cg(*, flexible: int | None = None, verify_symmetry: bool = False) -> Solver:
     # The ring's length is a shape, so it travels as the shape of a leaf.
     return Solver(
         name="cg",
-        init=flexible_init,
-        init=_verified_flexible_init if verify else _flexible_init,
+        init=_verified_flexible_init if verify else flexible_init,
         step=_flexible_step,
         measure=flexible_measure,
         refresh=flexible_refresh,
@@ -231,7 +230,7 @@ def flexible_init(hyper: jax.Array, x: PyTree, problem: Linear) -> FlexibleCGSta
 
 
 def _verified_flexible_init(hyper: jax.Array, x: PyTree, problem: Linear) -> FlexibleCGState:
-    state = _flexible_init(hyper, x, problem)
+    state = flexible_init(hyper, x, problem)
     return state._replace(base=_verified(state.base, problem))
 
 
