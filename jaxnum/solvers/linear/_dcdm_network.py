@@ -177,7 +177,8 @@ def _network(function: str, params: DCDMNetwork, r: jax.Array, activation: Calla
     def convolve(layer: Convolution, x: jax.Array, *, ends: bool = False) -> jax.Array:
         out = _convolve(layer.weights, x)
         if activation is None:
-            return out
+            # The weights are drawn for relu, which halves the power; without it the signal would double at every layer.
+            return out * 0.5**0.5
         return out + layer.bias if ends else activation(out + layer.bias)
 
     def residual_pairs(layers: Convolution, x: jax.Array) -> jax.Array:

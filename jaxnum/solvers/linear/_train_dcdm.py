@@ -58,8 +58,8 @@ def train_dcdm(
 
     The first round sees the right-hand sides alone. Before each later round the method runs `follow` steps with its
     present weights on some of them, and the normalised residuals of these steps join the data: what the network is
-    asked for in a run is no right-hand side but what its own earlier directions left over. The learning rate falls to
-    zero along a cosine.
+    asked for in a run is no right-hand side but what its own earlier directions left over. Gradients are clipped
+    to norm 1, and the learning rate falls to zero along a cosine.
 
     Args:
       direction: f(params, r) as for `dcdm`, a module-level function.
@@ -133,7 +133,9 @@ def _train(
     settings: _Settings, params: PyTree, A: Any, dataset: PyTree, key: jax.Array, learning_rate: jax.Array
 ) -> DCDMTraining:
     total = settings.rounds * settings.per_round
-    optimiser = optax.adam(lambda count: learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * count / total)))
+    adam = optax.adam(lambda count: learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * count / total)))
+    # A direction nearly orthogonal to b has a gradient that would spoil Adam's averages for a hundred steps.
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), adam)
 
     def loss(params: PyTree, bs: PyTree) -> jax.Array:
         return jnp.mean(jax.vmap(lambda b: dcdm_loss(settings.direction, params, A, b))(bs))
