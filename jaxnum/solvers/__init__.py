@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from jaxnum.solvers.linear._sketched_least_squares import sketched_least_squares as sketched_least_squares
     from jaxnum.solvers.linear._skr import skr as skr
     from jaxnum.solvers.linear._skr import skr_order as skr_order
+    from jaxnum.solvers.linear._sor import sor as sor
+    from jaxnum.solvers.linear._sor import sor_schedule as sor_schedule
+    from jaxnum.solvers.linear._ssor import ssor as ssor
+    from jaxnum.solvers.linear._ssor import ssor_preconditioner as ssor_preconditioner
     from jaxnum.solvers.linear._train_dcdm import train_dcdm as train_dcdm
     from jaxnum.solvers.minimize._bcd import bcd as bcd
     from jaxnum.solvers.minimize._bcd import bcd_partition as bcd_partition
@@ -70,6 +74,8 @@ __getattr__, __dir__, __all__ = lazy.attach(
         ".linear._sketch": ("sketch",),
         ".linear._sketched_least_squares": ("sketched_least_squares",),
         ".linear._skr": ("skr", "skr_order"),
+        ".linear._sor": ("sor", "sor_schedule"),
+        ".linear._ssor": ("ssor", "ssor_preconditioner"),
         ".linear._train_dcdm": ("train_dcdm",),
         ".minimize._bcd": ("bcd", "bcd_partition"),
         ".minimize._forest_solve": ("Forest", "forest_solve", "forest_solve_order"),
