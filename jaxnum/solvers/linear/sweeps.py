@@ -74,11 +74,11 @@ class Split(NamedTuple):
     broken: jax.Array
 
 
-def check_relaxation(function: str, omega: Any) -> None:
+def check_relaxation(function: str, omega: Any, argument: str = "omega") -> None:
     """Omega must lie in (0, 2), as far as it is known."""
     if not checks.traced(omega):
         inside = bool(np.all((np.asarray(omega) > 0) & (np.asarray(omega) < 2)))
-        checks.value(function, "omega", inside, "be in (0, 2)", omega, "Outside no start converges.")
+        checks.value(function, argument, inside, "be in (0, 2)", omega, "Outside no start converges.")
 
 
 def check_matrix(function: str, A: Any, schedule: Schedule | None) -> None:
