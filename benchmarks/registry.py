@@ -113,6 +113,7 @@ EXEMPT = {
     "fisher_product": "one push-forward and one pull-back of the user's model, which cost what the model costs",
     "empirical_fisher_product": "one push-forward and one pull-back of the user's losses, which cost what they cost",
     "attention_io": "a count of words on paper: nothing is traced or compiled",
+    "newton": "the row of sns runs it",
     "dcdm_network": "the row of dcdm runs it",
     "train_dcdm": "the row of dcdm trains with it and says how long",
     "ritz_dataset": "one run of lanczos, once before a training",

@@ -2,7 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from benchmarks import measure
 from benchmarks.registry import Params, Peer, Row, Target, register
 
 RTOL = 1e-8
@@ -45,7 +47,6 @@ def scipy(params: Params):
 
 def fidelity() -> dict[str, float]:
     """Largest difference of the first twenty iterates from scipy's, relative to the solution, at n = 60."""
-    import numpy as np
     import scipy.sparse.linalg
 
     import jaxnum
@@ -65,6 +66,48 @@ def fidelity() -> dict[str, float]:
 
     ours = jax.lax.scan(body, (x, begin(solver, x, problem)), None, length=20)[1]
     return {"iterate_gap_to_scipy": float(np.max(np.abs(ours - np.stack(theirs))) / np.max(np.abs(theirs[-1])))}
+
+
+ROUNDS = 3
+
+
+def sparse_problems() -> dict[str, tuple]:
+    """Symmetric positive definite matrices in CSR, and the tolerance that ends in seconds: pyamg's, real and made."""
+    import pyamg
+    from pyamg.gallery import load_example, poisson, stencil_grid
+
+    problems = {name: (load_example(name)["A"].tocsr().astype(float), 1e-6) for name in ("airfoil", "bar", "knot")}
+    problems["unit_cube"] = load_example("unit_cube")["A"].tocsr().astype(float), 1e-6
+    problems["local_disc_galerkin"] = load_example("local_disc_galerkin_diffusion")["A"].tocsr().astype(float), 1e-6
+    problems["poisson_10k"] = poisson((100, 100), format="csr"), 1e-8
+    stretched = pyamg.gallery.diffusion_stencil_2d(epsilon=0.1, theta=0.5, type="FE")
+    problems["stencil_90k"] = stencil_grid(stretched, (300, 300), format="csr"), 1e-6
+    problems["poisson_1m"] = poisson((1000, 1000), format="csr"), 1e-2
+    return problems
+
+
+def sparse() -> dict[str, float]:
+    """Steps and time of ours over scipy's on the same sparse matrices, ours converted once, both to one tolerance."""
+    import scipy.sparse.linalg
+
+    import jaxnum
+
+    figures: dict[str, float] = {}
+    for name, (A, rtol) in sparse_problems().items():
+        n = A.shape[0]
+        b = np.random.default_rng(0).normal(size=n)
+        operator, right, seen = jaxnum.sparse_operator(A), jnp.asarray(b), []
+        solve = jax.jit(lambda A, b, rtol=rtol, n=n: jaxnum.linear_solve(A, b, rtol=rtol, max_steps=10 * n))
+        steps = int(solve(operator, right).steps)
+        theirs = lambda A=A, b=b, rtol=rtol, n=n: scipy.sparse.linalg.cg(A, b, rtol=rtol, maxiter=10 * n)  # noqa: E731
+        scipy.sparse.linalg.cg(A, b, rtol=rtol, maxiter=10 * n, callback=seen.append)
+        samples = measure.interleave({"ours": lambda: solve(operator, right), "scipy": theirs}, ROUNDS)  # noqa: B023
+        figures[f"steps_{name}"], figures[f"scipy_steps_{name}"] = steps, len(seen)
+        figures[f"time_ratio_{name}"] = measure.paired_ratio(samples["ours"], samples["scipy"])
+    named = [name.removeprefix("steps_") for name in figures if name.startswith("steps_")]
+    figures["worst_steps_ratio"] = max(figures[f"steps_{m}"] / figures[f"scipy_steps_{m}"] for m in named)
+    figures["worst_time_ratio"] = max(figures[f"time_ratio_{m}"] for m in named)
+    return figures
 
 
 register(
@@ -89,8 +132,15 @@ register(
                 "Compile time, same run: one `linear_solve` at most 1.0x lineax's.",
                 peer="lineax",
             ),
+            Target(
+                "figure",
+                1.02,
+                "Iteration counts within 2 % of scipy's on pyamg's matrices and gallery up to n = 1e6.",
+                figure="worst_steps_ratio",
+            ),
+            Target("figure", 0.9, "Time at most 0.9x scipy's CG on the same.", figure="worst_time_ratio"),
         ),
-        figures={"fidelity": fidelity},
+        figures={"fidelity": fidelity, "sparse": sparse},
         x64=True,
     )
 )

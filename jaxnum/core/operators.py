@@ -89,7 +89,8 @@ class DiaOperator(_Sparse):
         """A v for v [n]."""
         n = v.shape[0]
         before, after = max(0, -min(self.offsets, default=0)), max(0, max(self.offsets, default=0))
-        padded = jnp.pad(v, (before, after))
+        # Otherwise XLA pads anew, with a test of bounds at every entry, inside the sum.
+        padded = jax.lax.optimization_barrier(jnp.pad(v, (before, after)))
         terms = (
             row * jax.lax.slice(padded, (before + k,), (before + k + n,))
             for row, k in ((self.diagonals[d], k) for d, k in enumerate(self.offsets))

@@ -23,6 +23,7 @@ def test_forward(member, implementation, dtype):
     kernel.check_forward(member, implementation, dtype)
 
 
+@pytest.mark.once
 @MEMBERS
 def test_forward_in_float64(member, x64):
     kernel.check_forward(member, "xla", "float64")
@@ -48,6 +49,7 @@ def test_second_order(member, x64):
     kernel.check_second_order(member, "xla")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("check", PER_IMPLEMENTATION)
 @pytest.mark.parametrize(("member", "implementation"), EVERY)
 def test_contract(member, implementation, check):
