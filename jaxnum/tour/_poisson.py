@@ -49,7 +49,8 @@ def poisson(*, n: int = 256, rtol: float = 1e-10, side: int = 16, steps: int = 2
             f"On a grid of {2 * side} cells a side, to {_LEARNED_RTOL:.0e}, conjugate gradients need {learned.plain} "
             f"steps, {learned.ssor} with an SSOR preconditioner, and {learned.deep} along the directions of a small "
             f"convolutional network, trained in {learned.seconds:.0f} s on a grid of half that size and on other "
-            f"right-hand sides. Steps are not seconds: here the network makes each of them {learned.dearer:.0f} times dearer.",
+            "right-hand sides. Steps are not seconds: here the network makes each of them "
+            f"{learned.dearer:.0f} times dearer.",
         ),
         finding=f"CG {int(plain.steps)} steps, with multigrid {int(quick.steps)}; {errors[1]:.0e} off scipy's. "
         f"On {2 * side} x {2 * side}: CG {learned.plain}, with SSOR {learned.ssor}, trained directions {learned.deep}.",
