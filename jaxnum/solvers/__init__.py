@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from jaxnum.solvers.linear._dcdm_network import init_dcdm_network as init_dcdm_network
     from jaxnum.solvers.linear._dcdm_network import linear_dcdm_network as linear_dcdm_network
     from jaxnum.solvers.linear._gcro_dr import gcro_dr as gcro_dr
+    from jaxnum.solvers.linear._learned_relaxation import learned_relaxation as learned_relaxation
     from jaxnum.solvers.linear._leverage_scores import leverage_scores as leverage_scores
     from jaxnum.solvers.linear._minres import minres as minres
     from jaxnum.solvers.linear._newton_schulz import newton_schulz as newton_schulz
@@ -34,7 +35,12 @@ if TYPE_CHECKING:
     from jaxnum.solvers.linear._sketched_least_squares import sketched_least_squares as sketched_least_squares
     from jaxnum.solvers.linear._skr import skr as skr
     from jaxnum.solvers.linear._skr import skr_order as skr_order
+    from jaxnum.solvers.linear._sor import sor as sor
+    from jaxnum.solvers.linear._sor import sor_schedule as sor_schedule
+    from jaxnum.solvers.linear._ssor import ssor as ssor
+    from jaxnum.solvers.linear._ssor import ssor_preconditioner as ssor_preconditioner
     from jaxnum.solvers.linear._train_dcdm import train_dcdm as train_dcdm
+    from jaxnum.solvers.linear._tsallis_inf import tsallis_inf as tsallis_inf
     from jaxnum.solvers.minimize._bcd import bcd as bcd
     from jaxnum.solvers.minimize._bcd import bcd_partition as bcd_partition
     from jaxnum.solvers.minimize._forest_solve import Forest as Forest
@@ -62,6 +68,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         ".linear._dcdm": ("dcdm", "dcdm_loss"),
         ".linear._dcdm_network": ("dcdm_network", "init_dcdm_network", "linear_dcdm_network"),
         ".linear._gcro_dr": ("gcro_dr",),
+        ".linear._learned_relaxation": ("learned_relaxation",),
         ".linear._leverage_scores": ("leverage_scores",),
         ".linear._minres": ("minres",),
         ".linear._newton_schulz": ("newton_schulz", "newton_schulz_regression"),
@@ -70,7 +77,10 @@ __getattr__, __dir__, __all__ = lazy.attach(
         ".linear._sketch": ("sketch",),
         ".linear._sketched_least_squares": ("sketched_least_squares",),
         ".linear._skr": ("skr", "skr_order"),
+        ".linear._sor": ("sor", "sor_schedule"),
+        ".linear._ssor": ("ssor", "ssor_preconditioner"),
         ".linear._train_dcdm": ("train_dcdm",),
+        ".linear._tsallis_inf": ("tsallis_inf",),
         ".minimize._bcd": ("bcd", "bcd_partition"),
         ".minimize._forest_solve": ("Forest", "forest_solve", "forest_solve_order"),
         ".minimize._newton_cg": ("newton_cg",),

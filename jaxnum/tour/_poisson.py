@@ -1,24 +1,28 @@
-"""Stop: a Poisson problem by conjugate gradients, plain and preconditioned by a multigrid cycle."""
+"""Stop: a Poisson problem by conjugate gradients, preconditioned, and along directions that a network proposes."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jaxnum
+from jaxnum import solvers
 from jaxnum.tour.stop import BLUE, ORANGE, Picture, Stop, curves, figure, image
 
 
-def poisson(*, n: int = 256, rtol: float = 1e-10) -> Stop:
-    """Poisson's equation on a grid by `linear_solve`, plain and with a multigrid preconditioner.
+def poisson(*, n: int = 256, rtol: float = 1e-10, side: int = 16, steps: int = 240) -> Stop:
+    """Poisson's equation on a grid by `linear_solve`: plain, with SSOR, with multigrid, and by `dcdm`.
 
     Args:
       n: cells a side, a power of two >= 8.
       rtol: relative residual asked for.
+      side: cells a side of the grid that a network for `dcdm` is trained on, a multiple of 8; it is tried on twice
+        that.
+      steps: steps of its training, a multiple of 8.
     """
     with jax.enable_x64(True):
         b = charges(n)
@@ -31,6 +35,7 @@ def poisson(*, n: int = 256, rtol: float = 1e-10) -> Stop:
         exact = _direct(np.asarray(b))
         errors = [_relative(np.asarray(s.x), exact) for s in (plain, quick)]
     direct = time.perf_counter() - end
+    learned = _learned(side, steps)
     gain = int(plain.steps) / int(quick.steps)
     return Stop(
         title=f"Poisson's equation on a {n} x {n} grid",
@@ -41,8 +46,14 @@ def poisson(*, n: int = 256, rtol: float = 1e-10) -> Stop:
             f"Plain conjugate gradients need {int(plain.steps)} steps. With one multigrid V-cycle as preconditioner, "
             f"written in plain JAX, {int(quick.steps)} are enough, and the solution "
             f" agrees with scipy's sparse direct solver to {errors[1]:.0e}.",
+            f"On a grid of {2 * side} cells a side, to {_LEARNED_RTOL:.0e}, conjugate gradients need {learned.plain} "
+            f"steps, {learned.ssor} with an SSOR preconditioner, and {learned.deep} along the directions of a small "
+            f"convolutional network, trained in {learned.seconds:.0f} s on a grid of half that size and on other "
+            "right-hand sides. Steps are not seconds: here the network makes each of them "
+            f"{learned.dearer:.0f} times dearer.",
         ),
-        finding=f"CG {int(plain.steps)} steps, with multigrid {int(quick.steps)}; {errors[1]:.0e} off scipy's.",
+        finding=f"CG {int(plain.steps)} steps, with multigrid {int(quick.steps)}; {errors[1]:.0e} off scipy's. "
+        f"On {2 * side} x {2 * side}: CG {learned.plain}, with SSOR {learned.ssor}, trained directions {learned.deep}.",
         rows=(
             ("unknowns", f"{n * n:,}"),
             ("steps, CG", f"{int(plain.steps)}"),
@@ -54,9 +65,70 @@ def poisson(*, n: int = 256, rtol: float = 1e-10) -> Stop:
                 "seconds, compilation included: CG / multigrid CG / scipy direct",
                 f"{middle - start:.2f} / {end - middle:.2f} / {direct:.2f}",
             ),
+            (
+                f"steps to {_LEARNED_RTOL:.0e} on {2 * side} x {2 * side} cells, CG / SSOR-CG / dcdm",
+                f"{learned.plain} / {learned.ssor} / {learned.deep}",
+            ),
+            (
+                "milliseconds of these, without compilation, CG / SSOR-CG / dcdm",
+                " / ".join(f"{1e3 * t:.1f}" for t in learned.times),
+            ),
         ),
         pictures=(_picture(b, plain, quick),),
     )
+
+
+class _Learned(NamedTuple):
+    """Steps of three solves of one system, the seconds of each, and those of the training."""
+
+    plain: int
+    ssor: int
+    deep: int
+    times: tuple[float, ...]
+    seconds: float
+
+    @property
+    def dearer(self) -> float:
+        """The time of a step along trained directions over that of a step of conjugate gradients."""
+        return self.times[2] / self.deep / (self.times[0] / self.plain)
+
+
+_LEARNED_RTOL = 1e-4
+
+
+def _learned(side: int, steps: int) -> _Learned:
+    """Conjugate gradients, with SSOR, and along trained directions, on a grid twice that of the training."""
+    start = time.perf_counter()
+    like = jnp.zeros((side, side), jnp.float32)
+    data = solvers.ritz_dataset(unit_laplacian, like, jax.random.key(0), samples=200, vectors=100)
+    network = solvers.init_dcdm_network(jax.random.key(1), filters=6, levels=4, pairs=1, coarse_pairs=1)
+    trained = solvers.train_dcdm(
+        solvers.linear_dcdm_network, network, unit_laplacian, data, jax.random.key(2), steps=steps, follow=4
+    )
+    deep = solvers.dcdm(solvers.linear_dcdm_network, jax.block_until_ready(trained.params))
+    seconds = time.perf_counter() - start
+    n = 2 * side
+    b = charges(n).astype(jnp.float32)
+    # By the wall the box is n + 1 mesh widths wide for the eigenvalues that matter to omega.
+    omega = 2 / (1 + np.sin(np.pi / (n + 1)))
+    sweep = solvers.ssor_preconditioner(jaxnum.sparse_operator(_matrix(n).astype(np.float32)), omega)
+    ssor = lambda r: sweep.matvec(r.ravel()).reshape(n, n)  # noqa: E731
+    runs = ({}, {"preconditioner": ssor}, {"solver": deep})
+    counts, times = [], []
+    for options in runs:
+        solve = jax.jit(
+            lambda b, options=options: jaxnum.linear_solve(unit_laplacian, b, rtol=_LEARNED_RTOL, **options)
+        )
+        counts.append(int(solve(b).steps))
+        begin = time.perf_counter()
+        jax.block_until_ready(solve(b))
+        times.append(time.perf_counter() - begin)
+    return _Learned(*counts, tuple(times), seconds)
+
+
+def unit_laplacian(u: jax.Array) -> jax.Array:
+    """The stencil of `laplacian` for cells of unit size: one operator for grids of every size."""
+    return laplacian(u) / u.shape[0] ** 2
 
 
 def charges(n: int) -> jax.Array:
@@ -127,16 +199,21 @@ def _sandwich(p: jax.Array, u: jax.Array) -> jax.Array:
 
 
 def _direct(b: np.ndarray) -> np.ndarray:
-    from scipy import sparse
     from scipy.sparse.linalg import spsolve
 
     n = b.shape[0]
+    return spsolve((n**2 * _matrix(n)).tocsc(), b.ravel()).reshape(n, n)
+
+
+def _matrix(n: int) -> Any:
+    """The stencil for cells of unit size as scipy's sparse matrix."""
+    from scipy import sparse
+
     main = np.full(n, 2.0)
     main[[0, -1]] = 3.0
     line = sparse.diags_array([main, -np.ones(n - 1), -np.ones(n - 1)], offsets=[0, 1, -1])
     eye = sparse.eye_array(n)
-    matrix = n**2 * (sparse.kron(line, eye) + sparse.kron(eye, line))
-    return spsolve(matrix.tocsc(), b.ravel()).reshape(n, n)
+    return (sparse.kron(line, eye) + sparse.kron(eye, line)).tocsr()
 
 
 def _relative(x: np.ndarray, exact: np.ndarray) -> float:

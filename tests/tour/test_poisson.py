@@ -38,10 +38,13 @@ def test_interpolation_is_exact_on_lines_away_from_the_walls(x64):
 
 
 def test_stop_reports_what_it_claims():
-    found = stop.poisson(n=32)
+    found = stop.poisson(n=32, side=8, steps=160)
     rows = dict(found.rows)
     plain = int(rows["steps, CG"])
     quick = int(rows["steps, CG with a multigrid V-cycle"].split()[0])
     errors = rows["relative error against scipy's direct solver, CG / multigrid CG"].split(" / ")
     assert 4 * quick < plain
     assert max(map(float, errors)) < 1e-8
+    cg, ssor, deep = map(int, rows["steps to 1e-04 on 16 x 16 cells, CG / SSOR-CG / dcdm"].split(" / "))
+    assert ssor < cg
+    assert deep < cg

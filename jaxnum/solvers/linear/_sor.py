@@ -1,0 +1,153 @@
+"""Successive over-relaxation: Gauss-Seidel sweeps in the natural order, stretched by omega.
+
+Cost: one A and one triangular solve a step; memory 2 vectors. Source: Young 1954; Frankel 1950.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxnum.core import operators, trees
+from jaxnum.core.operators import DiaOperator, EllOperator
+from jaxnum.core.problems import Linear
+from jaxnum.core.solver import Measure, Solver
+from jaxnum.core.status import Status
+from jaxnum.solvers.linear import sweeps
+from jaxnum.solvers.linear.sweeps import Schedule
+from kernels_pallas import checks
+
+PyTree = Any
+
+
+class SorState(NamedTuple):
+    """What the next step starts from.
+
+    Attributes:
+      r: residual b - A x.
+      scale: ||b||.
+      mark: `Status.breakdown` or 0.
+    """
+
+    r: jax.Array
+    scale: jax.Array
+    mark: jax.Array
+
+
+class SorHyper(NamedTuple):
+    """The relaxation, and None or the order of a sparse A."""
+
+    omega: jax.Array
+    schedule: Schedule | None
+
+
+def sor(omega: float | jax.Array = 1.0, *, schedule: Schedule | None = None) -> Solver:
+    """Successive over-relaxation x += (D / omega + L)^-1 (b - A x), A = D + L + U, in the natural order.
+
+    Converges for every omega in (0, 2) when A is symmetric (Hermitian) positive definite. For a consistently ordered A,
+    whose Jacobi matrix I - D^-1 A has the real eigenvalues +-mu_i and spectral radius beta < 1, the best is omega = 1 +
+    (beta / (1 + sqrt(1 - beta^2)))^2, and the error then falls by omega - 1 a step. omega = 1 is Gauss-Seidel.
+
+    Args:
+      omega: real scalar in (0, 2); an array leaf, so that a scan or vmap over systems may choose it: see
+        `jaxnum.solvers.learned_relaxation`.
+      schedule: `sor_schedule(A)` for a sparse A; None for an array.
+
+    Returns:
+      A Solver for `Linear` whose A is an array [n, n] or sparse. It stops at ||b - A x|| <= atol + rtol ||b||, the
+      residual recomputed from x at every step. `breakdown`: a zero on the diagonal, or entries that the schedule does
+      not know; `nonfinite`: it diverged.
+
+    Raises:
+      ValueError: omega outside (0, 2); a schedule missing, not wanted or another format's; a problem with a
+        preconditioner.
+      TypeError: A is a function.
+
+    Cost: one A and one triangular solve a step. A dense solve is LAPACK's; a sparse one is a scan of as many turns as
+      the pattern has levels (2 n - 1 for an n x n grid, 5-point), so it suits many unknowns to a level.
+
+    Numerics: the iterates are those of the sequential sweep, not of a red-black one.
+
+    Source: Young, "Iterative methods for solving partial difference equations of elliptic type" (1954); Saad,
+      "Iterative Methods for Sparse Linear Systems", 2nd ed. (2003), sections 4.1, 4.2.5 and 11.6.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxnum
+      >>> A = jnp.array([[4.0, 1.0], [1.0, 3.0]])
+      >>> jaxnum.linear_solve(A, jnp.array([1.0, 2.0]), solver=jaxnum.solvers.sor(1.02)).x.round(4).tolist()
+      [0.0909, 0.6364]
+    """
+    sweeps.check_relaxation("sor", omega)
+    return Solver(
+        name="sor", init=_init, step=_step, measure=measure_sweep, problem=Linear, hyper=hyper(omega, schedule)
+    )
+
+
+def sor_schedule(A: Any) -> Schedule:
+    """Which unknowns of a sparse A a sweep may treat at once without leaving the natural order; made once, on the host.
+
+    Row i waits for the rows j < i with an entry A_ij or A_ji; its level is the longest chain of waits, and rows of one
+    level are treated together. The schedule holds places, not values: it serves every A of the same format and pattern.
+
+    Args:
+      A: concrete square sparse matrix or operator, as `jaxnum.sparse_operator` takes or returns it.
+
+    Returns:
+      A pytree of int32 arrays for `sor`, `ssor` and `ssor_preconditioner`.
+
+    Raises:
+      TypeError: A is not sparse, or is being traced.
+      ValueError: A is not square.
+
+    Cost: O(entries + levels) of NumPy on the host.
+
+    Source: Saad, "Iterative Methods for Sparse Linear Systems", 2nd ed. (2003), section 11.6.3 (level scheduling).
+
+    Example:
+      >>> import numpy as np, scipy.sparse as sp, jaxnum
+      >>> arrow = sp.csr_array(np.eye(4, dtype=np.float32) + np.eye(4)[:, -1:] + np.eye(4)[-1:, :])
+      >>> jaxnum.solvers.sor_schedule(arrow).rows.tolist()
+      [[0, 1, 2, 4], [3, 4, 4, 4]]
+    """
+    A = operators.sparse_operator(A) if operators.is_sparse(A) else A
+    known = isinstance(A, (DiaOperator, EllOperator))
+    checks.value("sor_schedule", "A", known, "be a sparse matrix", type(A).__name__, error=TypeError)
+    concrete = not any(checks.traced(leaf) for leaf in jax.tree.leaves(A))
+    remedy = "Make the schedule before tracing, from any matrix of the same pattern."
+    checks.value("sor_schedule", "A", concrete, "be concrete", "a traced matrix", remedy, TypeError)
+    checks.value("sor_schedule", "A", A.shape[0] == A.shape[1], "be square", A.shape)
+    return sweeps.build(A)
+
+
+def hyper(omega: float | jax.Array, schedule: Schedule | None) -> SorHyper:
+    """Omega as a leaf, beside the schedule."""
+    return SorHyper(jnp.asarray(omega), schedule)
+
+
+def begin_sweeps(function: str, hyper: SorHyper, x: jax.Array, problem: Linear) -> SorState:
+    """The state at x of a solver by sweeps, after the checks that need the problem."""
+    sweeps.check_matrix(function, problem.A, hyper.schedule)
+    remedy = "Give it to jaxnum.solvers.cg()."
+    absent = problem.preconditioner is None
+    checks.value(function, "preconditioner", absent, "be None: the sweep is one", "one", remedy)
+    broken = sweeps.split(problem.A, hyper.omega, hyper.schedule).broken
+    mark = jnp.where(broken, jnp.int32(Status.breakdown), jnp.int32(0))
+    return SorState(trees.sub(problem.b, problem.matvec(x)), trees.norm(problem.b), mark)
+
+
+def _init(hyper: SorHyper, x: jax.Array, problem: Linear) -> SorState:
+    return begin_sweeps("sor", hyper, x, problem)
+
+
+def _step(hyper: SorHyper, x: jax.Array, state: SorState, problem: Linear) -> tuple[jax.Array, SorState]:
+    # Made at every step, not kept in the state: XLA moves it out of the loop, and a state is copied for every lane.
+    parts = sweeps.split(problem.A, hyper.omega, hyper.schedule)
+    x = x + sweeps.forward(parts, state.r)
+    return x, state._replace(r=problem.b - problem.matvec(x))
+
+
+def measure_sweep(hyper: SorHyper, x: jax.Array, state: SorState, problem: Linear) -> Measure:
+    """||b - A x|| beside ||b||."""
+    return Measure(trees.norm(state.r), state.scale, state.mark)

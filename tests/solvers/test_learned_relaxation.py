@@ -1,0 +1,49 @@
+"""A learned relaxation: the solves are those of sor, and the choice beats chance on a small Laplacian."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxnum
+from jaxnum import Linear, Status
+from jaxnum.solvers import learned_relaxation, sor, sor_schedule
+from tests.solvers.test_sor import poisson
+
+SYSTEMS, OMEGAS = 200, jnp.linspace(1, 1.9, 7)
+
+
+def test_learns_what_it_solves(x64):
+    operator = jaxnum.sparse_operator(poisson(6))
+    A = jnp.asarray(poisson(6).toarray())
+    b = jax.random.normal(jax.random.key(0), (SYSTEMS, 36))
+    make = lambda b: Linear(A, b)  # noqa: E731
+    ours = learned_relaxation(make, b, jax.random.key(1), omegas=OMEGAS, rtol=1e-8)
+    assert np.all(np.asarray(ours.status) == Status.converged)
+    # ||x - A^-1 b|| <= ||A^-1|| rtol ||b||.
+    bound = 1e-8 * float(jnp.linalg.norm(b[5]) / jnp.linalg.eigvalsh(A)[0])
+    np.testing.assert_allclose(ours.x[5], jnp.linalg.solve(A, b[5]), rtol=0, atol=bound)
+    # Every system was solved by sor with the omega of its arm.
+    one = jaxnum.linear_solve(A, b[5], solver=sor(OMEGAS[ours.arms[5]]), rtol=1e-8)
+    assert int(one.steps) == int(ours.steps[5])
+    # A fixed choice is a sequence with one arm.
+    fixed = [learned_relaxation(make, b[:20], jax.random.key(1), omegas=w[None], rtol=1e-8) for w in OMEGAS[::3]]
+    means = [float(jnp.mean(run.steps)) for run in fixed]
+    second = float(jnp.mean(ours.steps[SYSTEMS // 2 :]))
+    assert second < np.mean(means)
+    # Sparse systems take the same steps.
+    schedule = sor_schedule(operator)
+    sparse = learned_relaxation(
+        lambda b: Linear(operator, b), b[:20], jax.random.key(1), omegas=OMEGAS[3:4], schedule=schedule, rtol=1e-8
+    )
+    np.testing.assert_array_equal(sparse.steps, fixed[1].steps)
+
+
+def test_a_bad_relaxation_has_a_status_and_a_price():
+    A = jnp.asarray(poisson(4).toarray(), jnp.float32)
+    make = lambda b: Linear(A, b)  # noqa: E731
+    run = learned_relaxation(make, jnp.ones((3, 16)), jax.random.key(0), omegas=jnp.array([1.9]), max_steps=5)
+    assert run.steps.tolist() == [5, 5, 5]
+    assert run.status.tolist() == [Status.max_steps] * 3
+    with pytest.raises(ValueError, match=r"learned_relaxation: `omegas` must be in \(0, 2\)"):
+        learned_relaxation(make, jnp.ones((3, 16)), jax.random.key(0), omegas=jnp.array([2.0]))
