@@ -138,6 +138,8 @@ EXEMPT = {
     "lasp2": "linear_attention, which has a row, and one message that this machine's virtual devices do not time",
     "lasp2_hybrid_attention": "attention, which has a row, and one message likewise",
     "transnormer_block": "linear_attention, which has a row, between matrix products",
+    "ssor": "two sweeps of sor, whose row counts its steps and those of cg with ssor_preconditioner",
+    "tsallis_inf": "a few numbers a round; the row of learned_relaxation says how well it chooses",
 }
 
 

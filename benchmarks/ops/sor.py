@@ -13,7 +13,7 @@ def matrix(n: int):
     """The 5-point matrix of an n x n grid in CSR."""
     import scipy.sparse as sp
 
-    one = sp.diags([-1.0, 2.0, -1.0], [-1, 0, 1], shape=(n, n))
+    one = sp.diags([-1.0, 2.0, -1.0], (-1, 0, 1), shape=(n, n))  # pyright: ignore[reportArgumentType]
     return (sp.kron(one, sp.eye(n)) + sp.kron(sp.eye(n), one)).tocsr()
 
 

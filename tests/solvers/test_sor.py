@@ -18,14 +18,14 @@ from tests.tolerances import tolerance
 
 
 def poisson(n):
-    one = sp.diags([-1.0, 2.0, -1.0], [-1, 0, 1], shape=(n, n))
+    one = sp.diags([-1.0, 2.0, -1.0], (-1, 0, 1), shape=(n, n))  # pyright: ignore[reportArgumentType]
     return (sp.kron(one, sp.eye(n)) + sp.kron(sp.eye(n), one)).tocsr()
 
 
 def scattered(n=60, seed=0):
     """Diagonally dominant, not symmetric, one long row: ELL in slices."""
     rng = np.random.default_rng(seed)
-    A = sp.random(n, n, density=0.05, random_state=rng, data_rvs=rng.standard_normal).tolil()
+    A = sp.random(n, n, density=0.05, rng=rng, data_rvs=rng.standard_normal).tolil()
     A[7, :40] = rng.standard_normal(40)
     A = A.tocsr()
     return (A + sp.diags(1 + np.asarray(abs(A).sum(axis=1)).ravel())).tocsr()
@@ -121,7 +121,7 @@ def test_arguments_that_do_not_fit():
     with pytest.raises(TypeError, match="sor: `A` must be an array or a sparse matrix; got Function"):
         jaxnum.linear_solve(lambda v: 2 * v, b, solver=sor())
     with pytest.raises(ValueError, match="sor: `schedule` must be given for a sparse A"):
-        jaxnum.linear_solve(sp.eye(4, dtype=np.float32), b, solver=sor())
+        jaxnum.linear_solve(sp.eye(4).astype(np.float32), b, solver=sor())
     with pytest.raises(ValueError, match="sor: `preconditioner` must be None"):
         jaxnum.linear_solve(jnp.eye(4), b, preconditioner=jnp.eye(4), solver=sor())
     with pytest.raises(TypeError, match="sor_schedule: `A` must be a sparse matrix; got"):

@@ -54,7 +54,7 @@ def test_preconditioned_cg_needs_a_third_of_the_steps(x64):
     ours = jaxnum.linear_solve(operator, b, preconditioner=M, rtol=1e-8)
     assert int(plain.steps) >= 3 * int(ours.steps)
     product, seen = jax.jit(M.matvec), []
-    theirs = spla.LinearOperator(A.shape, lambda v: np.asarray(product(v)), dtype=float)
+    theirs = spla.LinearOperator(A.shape, lambda v: np.asarray(product(v)), dtype=float)  # pyright: ignore[reportCallIssue]
     x, _ = spla.cg(A, np.ones(64 * 64), rtol=1e-8, M=theirs, callback=lambda x: seen.append(0))
     assert abs(len(seen) - int(ours.steps)) <= 1
     np.testing.assert_allclose(ours.x, x, rtol=1e-6)

@@ -113,4 +113,5 @@ def learned_relaxation(
 
     keys = jax.random.split(key, jnp.shape(jax.tree.leaves(contexts)[0])[0])
     state, outputs = jax.lax.scan(solved, init(), (keys, contexts))
-    return LearnedRelaxation(*outputs, state)
+    x, steps, arms, status = outputs
+    return LearnedRelaxation(x, steps, arms, status, state)
