@@ -137,6 +137,8 @@ EXEMPT = {
     "prefix_linear_attention": "linear_attention, which has a row, between matrix products",
     "lasp2": "linear_attention, which has a row, and one message that this machine's virtual devices do not time",
     "lasp2_hybrid_attention": "attention, which has a row, and one message likewise",
+    "sinkhorn_barycenter": "picard, which has a row, on the log-sum-exps of sinkhorn, which has one",
+    "sinkhorn_divergence": "three solves by sinkhorn, which has a row",
     "transnormer_block": "linear_attention, which has a row, between matrix products",
     "ssor": "two sweeps of sor, whose row counts its steps and those of cg with ssor_preconditioner",
     "tsallis_inf": "a few numbers a round; the row of learned_relaxation says how well it chooses",

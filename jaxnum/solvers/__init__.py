@@ -53,6 +53,10 @@ if TYPE_CHECKING:
     from jaxnum.solvers.monotone._vr_halpern import vr_halpern as vr_halpern
     from jaxnum.solvers.transport._newton import newton as newton
     from jaxnum.solvers.transport._sinkhorn import sinkhorn as sinkhorn
+    from jaxnum.solvers.transport._sinkhorn_barycenter import SinkhornBarycenter as SinkhornBarycenter
+    from jaxnum.solvers.transport._sinkhorn_barycenter import sinkhorn_barycenter as sinkhorn_barycenter
+    from jaxnum.solvers.transport._sinkhorn_divergence import SinkhornDivergence as SinkhornDivergence
+    from jaxnum.solvers.transport._sinkhorn_divergence import sinkhorn_divergence as sinkhorn_divergence
     from jaxnum.solvers.transport._sns import sns as sns
 
 __getattr__, __dir__, __all__ = lazy.attach(
@@ -90,6 +94,8 @@ __getattr__, __dir__, __all__ = lazy.attach(
         ".monotone._vr_halpern": ("vr_halpern",),
         ".transport._newton": ("newton",),
         ".transport._sinkhorn": ("sinkhorn",),
+        ".transport._sinkhorn_barycenter": ("SinkhornBarycenter", "sinkhorn_barycenter"),
+        ".transport._sinkhorn_divergence": ("SinkhornDivergence", "sinkhorn_divergence"),
         ".transport._sns": ("sns",),
     },
 )

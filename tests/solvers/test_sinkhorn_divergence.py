@@ -1,0 +1,63 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxnum
+from jaxnum import Status
+from jaxnum.solvers import sinkhorn_divergence
+
+
+def clouds(n=9, m=7):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(n, 2)), rng.normal(size=(m, 2)) + 0.5
+    a, b = rng.uniform(0.5, 1.5, n), rng.uniform(0.5, 1.5, m)
+    return tuple(map(jnp.asarray, (x, y, a / a.sum(), b / b.sum())))
+
+
+def test_value_equals_that_of_pot_plans(x64):
+    ot = pytest.importorskip("ot")
+    x, y, a, b = map(np.asarray, clouds())
+
+    def price(x, y, a, b):
+        C = ((x[:, None] - y[None]) ** 2).sum(-1)
+        P = ot.sinkhorn(a, b, C, 0.5, method="sinkhorn_log", stopThr=1e-14, numItermax=100_000)
+        return np.sum(P * C) + 0.5 * np.sum(P * np.log(P / np.outer(a, b)))
+
+    want = price(x, y, a, b) - (price(x, x, a, a) + price(y, y, b, b)) / 2
+    got = sinkhorn_divergence(*clouds()[:2], 0.5, a=clouds()[2], b=clouds()[3], rtol=1e-12)
+    np.testing.assert_allclose(got.value, want, rtol=1e-9)
+    assert np.all(np.asarray(got.status) == Status.converged)
+
+
+def test_equal_clouds_are_at_distance_zero(x64):
+    x, _, a, _ = clouds()
+    order = jnp.arange(x.shape[0])[::-1]
+    assert abs(float(sinkhorn_divergence(x, x[order], 0.5, a=a, b=a[order], rtol=1e-12).value)) < 1e-11
+    assert float(sinkhorn_divergence(x, x + 0.1, 0.5, a=a, b=a, rtol=1e-12).value) > 0
+
+
+def test_gradients_equal_finite_differences(x64):
+    x, y, a, b = clouds()
+
+    def value(x, a):
+        return sinkhorn_divergence(x, y, 0.5, a=a, b=b, rtol=1e-12).value
+
+    rng = np.random.default_rng(1)
+    dx, da = jnp.asarray(rng.normal(size=x.shape)), jnp.asarray(rng.normal(size=a.shape))
+    da = 0.1 * (da - jnp.mean(da))
+    gx, ga = jax.grad(value, (0, 1))(x, a)
+    step = 1e-5
+    for got, ahead, behind in (
+        (jnp.sum(gx * dx), value(x + step * dx, a), value(x - step * dx, a)),
+        (jnp.sum(ga * da), value(x, a + step * da), value(x, a - step * da)),
+    ):
+        np.testing.assert_allclose(got, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-9)
+
+
+def test_failure_is_not_missed():
+    x, y, _, _ = clouds()
+    with pytest.raises(jaxnum.SolverError):
+        sinkhorn_divergence(x, y, 0.01, max_steps=1)
+    found = sinkhorn_divergence(x, y, 0.01, max_steps=1, on_failure="return")
+    assert int(found.status[0]) == Status.max_steps
