@@ -93,11 +93,10 @@ def test_a_game_in_a_box_and_its_derivative(key, x64):
     x = np.asarray(solve(c, 0.3))
     assert 0 < np.sum(np.abs(x) == 0.3) < 6
     np.testing.assert_allclose(x, np.clip(x - B.mean(0) @ x - c.mean(0), -0.3, 0.3), atol=1e-7)
-    slopes = jax.jit(jax.jacfwd(solve))(jnp.asarray(c), 0.3)
-    step = 1e-4 * np.random.default_rng(1).normal(size=c.shape)
-    np.testing.assert_allclose(
-        np.sum(slopes * step, (1, 2)), (solve(c + step, 0.3) - solve(c - step, 0.3)) / 2, atol=1e-8
-    )
+    step = 1e-3 * np.random.default_rng(1).normal(size=c.shape)
+    slope = jax.jit(lambda c, step: jax.jvp(lambda c: solve(c, 0.3), (c,), (step,))[1])(jnp.asarray(c), step)
+    numeric = (solve(c + step, 0.3) - solve(c - step, 0.3)) / 2
+    np.testing.assert_allclose(slope, numeric, atol=1e-6)
 
 
 def test_every_evaluation_is_counted(key, x64):
@@ -109,7 +108,7 @@ def test_every_evaluation_is_counted(key, x64):
         return terms(u, i, B, c)
 
     solution = jaxnum.solve(
-        inexact_halpern(key, 1.0), jnp.zeros(6), FiniteSum(counted, 20), rtol=0.0, atol=1e-1, adjoint="none"
+        inexact_halpern(key, 1.0), jnp.zeros(6), FiniteSum(counted, 20), rtol=0.0, atol=2e-1, adjoint="none"
     )
     jax.effects_barrier()
     assert int(solution.state.calls) == seen["terms"]
@@ -161,7 +160,8 @@ def test_a_mean_of_one_term_and_a_start_at_the_solution(key, x64):
     options = {"rtol": 0.0, "atol": 1e-2}
     solution = jaxnum.solve(inexact_halpern(key, 1.0), jnp.zeros(4), summed(B, c), **options)
     assert np.linalg.norm(B[0] @ solution.x + c[0]) <= 1e-2
-    still = jaxnum.solve(inexact_halpern(key, 1.0), jnp.asarray(exact), summed(B, c), max_steps=0, rtol=1e-12)
+    still = jaxnum.solve(inexact_halpern(key, 1.0), jnp.asarray(exact), summed(B, c), **options)
+    assert int(still.steps) == 0
     np.testing.assert_allclose(still.x, exact, atol=1e-12)
 
 
