@@ -110,7 +110,7 @@ def inexact_halpern(
 
     Cost: about 3n terms from one refresh to the next, and O((1 + step) log k) refreshes a step: 17 to 29 on the games
       of the benchmark. So it pays where n is large and L near the constant of the mean: beside `feg`, 0.3x the terms at
-      n = 10^4, 1.5x at n = 10^3, and 50x where the terms are 26 times as steep as their mean. Under vmap every lane
+      n = 10^4, 1.5x at n = 10^3, and 40x there where the terms are some 20 times as steep as their mean. Under vmap every lane
       takes as many inner steps as the slowest, but evaluates no refresh it does not need.
 
     Numerics: an inner residual explained by rounding passes. The inner loop has no reverse mode: adjoint="unrolled"
