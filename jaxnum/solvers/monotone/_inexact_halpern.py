@@ -110,8 +110,8 @@ def inexact_halpern(
 
     Cost: about 3n terms from one refresh to the next, and O((1 + step) log k) refreshes a step: 17 to 29 on the games
       of the benchmark. So it pays where n is large and L near the constant of the mean: beside `feg`, 0.3x the terms at
-      n = 10^4, 1.5x at n = 10^3, and 40x there where L is 20 times the constant of the mean. Under vmap every lane takes
-      as many inner steps as the slowest, and shares its refreshes.
+      n = 10^4, 1.5x at n = 10^3, and 40x there where L is 20 times the constant of the mean. A vmap takes as many inner
+      steps and refreshes as its slowest lane.
 
     Numerics: an inner residual explained by rounding passes. The inner loop has no reverse mode: adjoint="unrolled"
       fails; the implicit derivative does not look at the path. Without x64 the counter is int32 and wraps at 2e9.
