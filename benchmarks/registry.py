@@ -101,6 +101,7 @@ EXEMPT = {
     "sample_rows": "one draw from a table",
     "sketch": "one matrix product, transform or scattered sum; the row of sketched_least_squares holds one",
     "skr": "a scan of gcro_dr, whose row measures it sorted and unsorted",
+    "inexact_halpern": "figures in the row of vr_halpern, beside feg",
     "extragradient": "the peer in the row of feg, which measures both",
     "hutchinson": "one Hessian-vector product of the user's loss, which costs what the loss costs",
     "gauss_newton_bartlett": "one gradient of the user's model, which costs what the model costs",

@@ -2,6 +2,7 @@
 
 Least squares F_i(u) = a_i (a_i.u - b_i) with unit rows, so L = 1 on average. There is no peer: the figures compare with
 `cocoercive_halpern`, given the same L, and given the constant of the mean, which is smaller and which a user may know.
+Beside it `inexact_halpern` on bilinear games, where nothing is cocoercive, as a share of the terms that `feg` takes.
 """
 
 import jax
@@ -82,16 +83,55 @@ def ratios() -> dict[str, float]:
     return figures
 
 
+def game(u, indices, a, b, M, c):
+    """Mean over i of (x, y) -> ((M + a_i b_i^T) y, -(M + a_i b_i^T)^T x) + c."""
+    x, y = jnp.split(u, 2)
+    A, B = a[indices], b[indices]
+    return jnp.concatenate([M @ y + A.T @ (B @ y) / indices.size, -M.T @ x - B.T @ (A @ x) / indices.size]) + c
+
+
+def games(n: int, mean: float, half: int = 5) -> tuple[tuple, float, float]:
+    """The arrays of a game of n random rank-one terms around `mean` times a fixed one; L on average, L of the mean."""
+    rng = np.random.default_rng(0)
+    M = mean * np.diag(np.linspace(0.05, 1, half))
+    a, b = rng.choice([-1.0, 1.0], size=(2, n, half)) / np.sqrt(half)
+    a /= 2
+    own = np.linalg.norm(M + a.T @ b / n, 2)
+    single = M + a[:, :, None] * b[:, None, :]
+    squares = (np.mean(single @ single.transpose(0, 2, 1), 0), np.mean(single.transpose(0, 2, 1) @ single, 0))
+    average = max(np.linalg.norm(square, 2) for square in squares) ** 0.5
+    return tuple(jnp.asarray(leaf) for leaf in (a, b, M, rng.normal(size=2 * half) * own)), float(average), float(own)
+
+
+def bilinear() -> dict[str, float]:
+    """Terms of the inexact method over those of `feg`, which is given the smaller constant of the mean."""
+    import jaxnum
+
+    figures = {}
+    # Around no mean at all, the terms are some tens of times as steep as what is left of them.
+    for label, n, mean, accuracy in (("", 1000, 1.0, 1e-2), ("", 10_000, 1.0, 1e-2), ("_steep_terms", 1000, 0.0, 1e-1)):
+        args, average, own = games(n, mean)
+        everything = jnp.arange(n)
+        options = {"rtol": 0.0, "atol": accuracy * own, "adjoint": "none", "max_steps": 100_000}
+        solver = jaxnum.solvers.inexact_halpern(jax.random.key(0), average)
+        inexact = jaxnum.solve(solver, jnp.zeros_like(args[-1]), jaxnum.FiniteSum(game, n, args), **options)
+        force = lambda u, *args, of=everything: game(u, of, *args)  # noqa: E731
+        feg = jaxnum.solvers.feg(own)
+        exact = jaxnum.inclusion(force, jnp.zeros_like(args[-1]), *args, solver=feg, **options)
+        figures[f"inexact_share_of_feg_n{n}{label}"] = int(inexact.state.calls) / (n * (1 + 2 * int(exact.steps)))
+    return figures
+
+
 register(
     Row(
         name="vr_halpern",
-        covers=("vr_halpern",),
+        covers=("vr_halpern", "inexact_halpern"),
         shapes={"least_squares_20000": {"n": 20_000}},
         make=make,
         run=run,
         reference=lambda params: lambda A, b: np.zeros(()),
         modes=("solve",),
-        tests=("tests/solvers/test_vr_halpern.py",),
+        tests=("tests/solvers/test_vr_halpern.py", "tests/solvers/test_inexact_halpern.py"),
         targets=(
             Target(
                 "figure",
@@ -101,7 +141,7 @@ register(
             ),
             Target("error", EPS, "The exit is the exact residual.", shape="least_squares_20000"),
         ),
-        figures={"ratios": ratios},
+        figures={"ratios": ratios, "bilinear": bilinear},
         error=lambda output, truth: float(output),
         x64=True,
     )

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from jaxnum.solvers.monotone._cocoercive_halpern import cocoercive_halpern as cocoercive_halpern
     from jaxnum.solvers.monotone._extragradient import extragradient as extragradient
     from jaxnum.solvers.monotone._feg import feg as feg
+    from jaxnum.solvers.monotone._inexact_halpern import inexact_halpern as inexact_halpern
     from jaxnum.solvers.monotone._vr_halpern import vr_halpern as vr_halpern
     from jaxnum.solvers.transport._newton import newton as newton
     from jaxnum.solvers.transport._sinkhorn import sinkhorn as sinkhorn
@@ -91,6 +92,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         ".monotone._cocoercive_halpern": ("cocoercive_halpern",),
         ".monotone._extragradient": ("extragradient",),
         ".monotone._feg": ("feg",),
+        ".monotone._inexact_halpern": ("inexact_halpern",),
         ".monotone._vr_halpern": ("vr_halpern",),
         ".transport._newton": ("newton",),
         ".transport._sinkhorn": ("sinkhorn",),

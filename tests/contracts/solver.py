@@ -19,6 +19,7 @@ from jaxnum.core.solver import Solver
 from tests.compiles import count_compiles
 from tests.contracts.solver_problems import (
     ContractionCase,
+    FiniteSumCase,
     InclusionCase,
     IndefiniteCase,
     LinearCase,
@@ -77,6 +78,12 @@ SOLVERS = [
     SolverMember("newton_cg", jaxnum.solvers.newton_cg, MinimizeCase(), variant=True),
     SolverMember("bcd", lambda: jaxnum.solvers.bcd(block_size=2), MinimizeCase()),
     SolverMember("newton", jaxnum.solvers.newton, TransportCase(), variant=True),
+    SolverMember(
+        "restarted vr_halpern",
+        lambda: jaxnum.solvers.restarted(jaxnum.solvers.vr_halpern(jax.random.key(0), 2.0, step=0.9)),
+        FiniteSumCase(),
+        variant=True,
+    ),
 ]
 
 TIGHT = {"rtol": 1e-13, "atol": 1e-13}

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxnum
-from jaxnum import DenseCost, FixedPoint, Inclusion, Linear, Minimize, Status, Transport
+from jaxnum import DenseCost, FiniteSum, FixedPoint, Inclusion, Linear, Minimize, Status, Transport
 
 
 class Case:
@@ -426,6 +426,45 @@ class InclusionCase(Case):
         F = lambda x: {"u": x["u"] + 0.4 * jnp.sin(x["u"]) - c}  # noqa: E731
         problem = Inclusion(F, lambda x, step: jax.tree.map(lambda leaf: jnp.clip(leaf, 0.2, 0.4), x))
         return jaxnum.solve(solver, {"u": jnp.zeros_like(c)}, problem, on_failure="return", **options)
+
+
+class FiniteSumCase(InclusionCase):
+    """The same as a mean of four terms that differ by multiples of c and by constants."""
+
+    def problem(self, params: Any) -> FiniteSum:
+        c, inclusion = params["c"], super().problem(params)
+        return FiniteSum(lambda x, i, M: _spread(x, i, M, c), 4, (params["M"],), inclusion.resolvent)
+
+    def explicit(self, params: Any) -> Any:
+        x0, inclusion = super().explicit(params)
+        return x0, FiniteSum(_spread, 4, inclusion.args, inclusion.resolvent)
+
+    def failures(self, params: Any) -> dict:
+        cases = super().failures(params).items()
+        return {status: (_repeated(problem), *rest) for status, (problem, *rest) in cases}
+
+    def poisoned(self, params: Any) -> Any:
+        inclusion, x0 = super().poisoned(params)
+        return _repeated(inclusion), x0
+
+    def sharded_solve(self, solver: Any, params: Any, options: Any) -> Any:
+        c = params["c"]
+        F = lambda x: {"u": x["u"] + 0.4 * jnp.sin(x["u"]) - c}  # noqa: E731
+        problem = Inclusion(F, lambda x, step: jax.tree.map(lambda leaf: jnp.clip(leaf, 0.2, 0.4), x))
+        return jaxnum.solve(solver, {"u": jnp.zeros_like(c)}, _repeated(problem), on_failure="return", **options)
+
+
+def _repeated(problem: Any) -> FiniteSum:
+    """A mean of four equal terms; a FiniteSum as it is."""
+    if isinstance(problem, FiniteSum):
+        return problem
+    return FiniteSum(lambda x, i, *args: problem.F(x, *args), 4, problem.args, problem.resolvent)
+
+
+def _spread(x: Any, i: Any, M: Any, c: Any) -> Any:
+    shift = jnp.mean(jnp.asarray([0.5, -0.5, 0.2, -0.2], c.dtype)[i])
+    force = _monotone(x, M, c)
+    return {"u": force["u"] + shift * c, "v": force["v"] + shift}
 
 
 def _monotone(x: Any, M: Any, c: Any) -> Any:
