@@ -96,7 +96,8 @@ ERRORS = {
     "A that is a list": (
         lambda: linear_solve(A.tolist(), B),
         TypeError,
-        "linear_solve: `A` must be an array [n, n], a linear function or an object with a method `mv`; got list.",
+        "linear_solve: `A` must be an array [n, n], a sparse matrix, a linear function or an object with a method "
+        "`mv`; got list.",
     ),
     "A of another dtype": (
         lambda: linear_solve(short(A), B),

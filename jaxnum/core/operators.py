@@ -61,7 +61,7 @@ class _Sparse(Operator):
         return f"{name}({size}, {self.dtype}, {self._layout()}, {entries} entries, {ratio})"
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["diagonals"], meta_fields=["offsets"])
+@partial(jax.tree_util.register_dataclass, data_fields=["diagonals"], meta_fields=["offsets", "asymmetric"])
 @dataclass(frozen=True, repr=False)
 class DiaOperator(_Sparse):
     """A square matrix by its diagonals: A[i, i + offsets[d]] = diagonals[d, i].
@@ -69,10 +69,12 @@ class DiaOperator(_Sparse):
     Attributes:
       diagonals: values [d, n], zero where i + offset leaves the matrix; differentiable.
       offsets: increasing tuple of d ints, static.
+      asymmetric: whether the matrix it was made of differs from its conjugate transpose, static.
     """
 
     diagonals: jax.Array
     offsets: tuple[int, ...]
+    asymmetric: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -86,8 +88,9 @@ class DiaOperator(_Sparse):
         return self.diagonals.dtype
 
     def matvec(self, v: jax.Array) -> jax.Array:
-        """A v for v [n]."""
-        n = v.shape[0]
+        """A v for v [n]; jax.vmap for several."""
+        n = self.shape[0]
+        checks.shape("DiaOperator.matvec", remedy="Use jax.vmap for several vectors.", v=(v, f"{n}"))
         before, after = max(0, -min(self.offsets, default=0)), max(0, max(self.offsets, default=0))
         # Otherwise XLA pads anew, with a test of bounds at every entry, inside the sum.
         padded = jax.lax.optimization_barrier(jnp.pad(v, (before, after)))
@@ -108,7 +111,9 @@ class DiaOperator(_Sparse):
         return f"{len(self.offsets)} diagonals"
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["values", "columns", "place"], meta_fields=["shape"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["values", "columns", "place"], meta_fields=["shape", "asymmetric"]
+)
 @dataclass(frozen=True, repr=False)
 class EllOperator(_Sparse):
     """A matrix by padded rows, sorted by length into slices of equal width so that a few long rows cost little.
@@ -118,12 +123,14 @@ class EllOperator(_Sparse):
       columns: for each slice, where they stand: int32 [w, k].
       place: None for one slice in the matrix's own order; else int32 [n], where row i stands among all slices' rows.
       shape: (n, m), static.
+      asymmetric: whether the matrix it was made of differs from its conjugate transpose, static.
     """
 
     values: tuple[jax.Array, ...]
     columns: tuple[jax.Array, ...]
     place: jax.Array | None
     shape: tuple[int, int]
+    asymmetric: bool = False
 
     @property
     def dtype(self) -> Any:
@@ -131,7 +138,9 @@ class EllOperator(_Sparse):
         return self.values[0].dtype
 
     def matvec(self, v: jax.Array) -> jax.Array:
-        """A v for v [m]."""
+        """A v for v [m]; jax.vmap for several."""
+        # Not left to broadcasting: n vectors at once would be scaled where they should be multiplied.
+        checks.shape("EllOperator.matvec", remedy="Use jax.vmap for several vectors.", v=(v, f"{self.shape[1]}"))
         return self._joined([_slice_product(a, c, v) for a, c in zip(self.values, self.columns, strict=True)])
 
     def diagonal(self) -> jax.Array:
@@ -212,8 +221,21 @@ def sparse_operator(A: Any, format: str = "auto") -> Any:
     if format == "dia" or (format == "auto" and banded):
         diagonals = np.zeros((max(offsets.size, 1), shape[0]), values.dtype)
         diagonals[np.searchsorted(offsets, columns - rows), rows] = values
-        return DiaOperator(jnp.asarray(diagonals), tuple(int(k) for k in offsets) or (0,))
+        found = tuple(int(k) for k in offsets) or (0,)
+        return DiaOperator(jnp.asarray(diagonals), found, _asymmetric(rows, columns, values, shape))
     return _ell(rows, columns, values, shape)
+
+
+def _asymmetric(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> bool:
+    """Whether a matrix differs from its conjugate transpose by more than rounding."""
+    n, m = shape
+    if n != m or values.size == 0:
+        return n != m
+    keys = np.concatenate([rows * m + columns, columns * m + rows])
+    places, where = np.unique(keys, return_inverse=True)
+    defect = np.zeros(places.size, values.dtype)
+    np.add.at(defect, where, np.concatenate([values, -values.conj()]))
+    return bool(np.abs(defect).max() > np.finfo(values.dtype).eps ** 0.5 * np.abs(values).max())
 
 
 def is_sparse(A: Any) -> bool:
@@ -226,6 +248,7 @@ def _entries(A: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, int
     """Rows, columns and values sorted by row and column without duplicates, and the shape."""
     wanted = "be a scipy sparse matrix, or a BCOO or BCSR of jax.experimental.sparse"
     checks.value("sparse_operator", "A", is_sparse(A), wanted, type(A).__name__, error=TypeError)
+    checks.value("sparse_operator", "A", len(A.shape) == 2, "have two axes", A.shape, error=checks.ShapeError)
     if hasattr(A, "tocsr"):
         listed = A.tocoo()
         rows, columns, values = listed.row, listed.col, np.asarray(listed.data)
@@ -273,7 +296,8 @@ def _ell(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, shape: tuple
         parts.append((jnp.asarray(held), jnp.asarray(looked, jnp.int32)))
         first += mine.size
     kept = None if len(widths) == 1 else jnp.asarray(place, jnp.int32)
-    return EllOperator(tuple(v for v, _ in parts), tuple(c for _, c in parts), kept, shape)
+    asymmetric = _asymmetric(rows, columns, values, shape)
+    return EllOperator(tuple(v for v, _ in parts), tuple(c for _, c in parts), kept, shape, asymmetric)
 
 
 def _widths(lengths: np.ndarray) -> np.ndarray:
@@ -329,7 +353,14 @@ def check_symmetric(A: Any, key: jax.Array, example: PyTree | None = None, *, tr
     known = example is not None or hasattr(A, "shape")
     checks.value("check_symmetric", "example", known, "be a tree like b when `A` is a function", example)
     example = jnp.zeros(A.shape[-1], A.dtype) if example is None else example
+    checks.dtype("check_symmetric", "inexact", **{f"example{jax.tree_util.keystr(p)}": v for p, v in _leaves(example)})
+    image = jax.eval_shape(lambda v: apply(A, v), example)
+    checks.same_tree("check_symmetric", ("example", example), **{"A(example)": image})
     return jnp.max(jnp.stack([_defect(A, k, example) for k in jax.random.split(key, trials)]))
+
+
+def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
 
 
 def _defect(A: Any, key: jax.Array, example: PyTree) -> jax.Array:
@@ -342,7 +373,9 @@ def _defect(A: Any, key: jax.Array, example: PyTree) -> jax.Array:
         for row in keys
     )
     Au, Av = apply(A, u), apply(A, v)
-    return jnp.abs(trees.inner(u, Av) - trees.inner(Au, v)) / (trees.norm(u) * trees.norm(Av))
+    scale = trees.norm(u) * trees.norm(Av)
+    # Where A v = 0 the defect is |<A u, v>| itself.
+    return jnp.abs(trees.inner(u, Av) - trees.inner(Au, v)) / jnp.where(scale == 0, 1, scale)
 
 
 def apply(A: Any, v: PyTree) -> PyTree:

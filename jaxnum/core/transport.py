@@ -116,7 +116,9 @@ class Transport(Problem):
     def canonical(self, x: Pair) -> Pair:
         """The potentials with sum a f = sum b g in the balanced case; -inf where there is no weight."""
         f, g = finite(x, (self.a, self.b))
-        part = 1 / sum(self.masses)
+        total = sum(self.masses)
+        # NaN where a weight is negative: the status says so, and x stays as it is.
+        part = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
 
         def shifted(potential: jax.Array, w: jax.Array, own: jax.Array, other: jax.Array) -> jax.Array:
             shift = jnp.where(self.balanced, (own - other) * part, 0).astype(potential.dtype)

@@ -128,3 +128,22 @@ def test_breakdown_names_its_direction(x64):
     p = jaxnum.linear_solve(A, jnp.ones(3), on_failure="return").state.p
     assert float(p @ A @ p) <= 0
     assert float(p @ p) > 0
+
+
+@pytest.mark.parametrize("format", ["dia", "ell"])
+def test_a_block_or_another_length_is_refused(format):
+    operator = jaxnum.sparse_operator(
+        sp.csr_array(np.diag([1.0, 2.0, 3.0]).astype(np.float32) + np.eye(3, k=1)), format
+    )
+    for v in (jnp.eye(3), jnp.ones(2), jnp.ones(1)):
+        with pytest.raises(ValueError, match="Operator.matvec: `v` must have shape"):
+            operator.matvec(v)
+    np.testing.assert_allclose(jax.vmap(operator.matvec, 1, 1)(jnp.eye(3)), A)
+
+
+@pytest.mark.parametrize("format", ["dia", "ell"])
+def test_a_stored_matrix_that_is_not_symmetric_breaks_cg_down(format, x64):
+    skew = sp.diags([-1.0, 4.0, -1.05], [-1, 0, 1], shape=(50, 50)).tocsr()
+    for A, status in ((skew, jaxnum.Status.breakdown), ((skew + skew.T) / 2, jaxnum.Status.converged)):
+        solution = jaxnum.linear_solve(jaxnum.sparse_operator(A, format), jnp.ones(50), on_failure="return")
+        assert int(solution.status) == status

@@ -213,3 +213,8 @@ def test_zero_right_hand_side_from_a_warm_start(x64):
 def test_flexible_outside_its_range(flexible):
     with pytest.raises(ValueError, match=f"cg: `flexible` must be None or a Python int >= 1; got {flexible}"):
         cg(flexible=flexible)
+
+
+def test_zero_is_the_answer_to_zero_whatever_the_matrix(x64):
+    solution = jaxnum.linear_solve(jnp.diag(jnp.array([1.0, -1.0])), jnp.zeros(2), jnp.array([0.0, 1.0]))
+    np.testing.assert_array_equal(solution.x, np.zeros(2))

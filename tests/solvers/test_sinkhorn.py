@@ -121,3 +121,14 @@ def test_arguments_are_checked():
     for kwargs in ({"epsilon_scaling": 1.0}, {"momentum": 2.0}, {"stage_sweeps": 0}):
         with pytest.raises(ValueError, match=next(iter(kwargs))):
             sinkhorn(**kwargs)
+
+
+@pytest.mark.parametrize("solver", [sinkhorn(), jaxnum.solvers.newton()], ids=lambda s: s.name)
+def test_the_mass_sets_the_scale_of_the_error(solver, x64):
+    C = jax.random.uniform(jax.random.key(0), (20, 20))
+    plans = []
+    for mass in (1.0, 1e-7):
+        a = jnp.full(20, mass / 20)
+        solution = jaxnum.transport(C, a, a, 0.05, solver=solver, rtol=1e-8)
+        plans.append(jaxnum.Transport(C, a, a, 0.05).plan(solution.x) / mass)
+    np.testing.assert_allclose(plans[1], plans[0], atol=1e-8)

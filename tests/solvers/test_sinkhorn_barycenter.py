@@ -50,5 +50,6 @@ def test_failure_is_not_missed():
     C, p, w = data()
     with pytest.raises(jaxnum.SolverError):
         sinkhorn_barycenter(C, p, w, 0.01, max_steps=1)
-    found = sinkhorn_barycenter(C, -p, w, 0.05, on_failure="return")
-    assert int(found.solution.status) == Status.nonfinite
+    for measures, weights in ((-p, w), (p * jnp.array([[1.0], [1.0], [1.1]]), w), (p, jnp.array([1.0, 1.0, -0.5]))):
+        found = sinkhorn_barycenter(C, measures, weights, 0.05, on_failure="return")
+        assert int(found.solution.status) == Status.nonfinite

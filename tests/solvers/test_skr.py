@@ -87,3 +87,21 @@ def test_wrong_arguments():
         skr_order(jnp.ones(3), chunk=0)
     with pytest.raises(ValueError, match="skr: `order`"):
         skr(lambda t: Linear(jnp.eye(2), t), jnp.ones((3, 2)), order=jnp.arange(2))
+
+
+def test_an_order_that_is_no_permutation_is_refused():
+    make = lambda t: jaxnum.Linear((4 + t) * jnp.eye(2), jnp.ones(2), symmetric=False)  # noqa: E731
+    with pytest.raises(ValueError, match="skr: `order` must hold each of 0 to 2 once"):
+        jaxnum.solvers.skr(make, jnp.arange(3.0), m=4, k=2, order=jnp.array([0, 0, 1]))
+
+
+def test_orders_are_permutations_whatever_the_numbers():
+    for params in (
+        jnp.array([0.0, 300.0, 600.0], jnp.float16),
+        jnp.array([0.0, 1e20, 3e20], jnp.float32),
+        jnp.array([0.0, jnp.nan, 1.0]),
+        jnp.arange(5),
+        jnp.zeros(4),
+    ):
+        order = jaxnum.solvers.skr_order(params, chunk=2)
+        assert sorted(order.tolist()) == list(range(params.size))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnum.core import trees
-from jaxnum.core.operators import check_symmetric
+from jaxnum.core.operators import Operator, check_symmetric
 from jaxnum.core.problems import Linear
 from jaxnum.core.solver import Defaults, Measure, Solver
 from jaxnum.core.status import Status
@@ -69,8 +69,8 @@ def cg(*, flexible: int | None = None, verify_symmetry: bool = False) -> Solver:
 
     Returns:
       A Solver for `Linear`. It stops at ||b - A x|| <= atol + rtol ||b||, where the residual is recomputed from x every
-      50 steps and before convergence is declared. `breakdown`: p.Ap <= 0, r.z <= 0, or a dense A that is not
-      symmetric; x is then the last good iterate, and without `flexible` the direction of p.Ap <= 0 is
+      50 steps and before convergence is declared. `breakdown`: p.Ap <= 0, r.z <= 0, or a dense or sparse A that
+      is not symmetric; x is then the last good iterate, and without `flexible` the direction of p.Ap <= 0 is
       `solution.state.p`. `stagnated`: rounding errors dominate the residual. `infeasible`: b has a part in the declared
       null space, or A does not map it to zero.
 
@@ -136,7 +136,8 @@ def _verified_init(hyper: None, x: PyTree, problem: Linear) -> CGState:
 
 def _verified(state: CGState, problem: Linear) -> CGState:
     defect = check_symmetric(problem.matvec, jax.random.key(0), problem.b)
-    wrong = defect > jnp.finfo(defect.dtype).eps ** 0.5
+    # Not `>`: NaN is wrong too.
+    wrong = ~(defect <= jnp.finfo(defect.dtype).eps ** 0.5)
     return state._replace(mark=jnp.where(wrong, jnp.int32(Status.breakdown), state.mark))
 
 
@@ -150,7 +151,9 @@ def _precondition(r: PyTree, problem: Linear) -> tuple[PyTree, jax.Array, jax.Ar
 
 
 def _asymmetric(A: Any) -> jax.Array:
-    """Whether a dense A differs from its conjugate transpose by more than rounding; functions cannot be asked."""
+    """Whether a stored A differs from its conjugate transpose by more than rounding; functions cannot be asked."""
+    if isinstance(A, Operator):
+        return jnp.bool_(getattr(A, "asymmetric", False))
     if not isinstance(A, jax.Array) or A.ndim != 2:
         return jnp.bool_(False)
     eps = jnp.finfo(A.dtype).eps
@@ -190,10 +193,10 @@ def judge(
     lost = look & (rr > 0) & (state.residual * state.residual <= 0.25 * rr)
     mark = jnp.where(look & (mark <= 0), jnp.where(lost, mark - 1, -1), mark)
     mark = jnp.where(mark < -2, jnp.int32(Status.stagnated), mark)
-    bad = (~look & (pq <= 0)) | ((rz <= 0) & (rr > 0))
-    mark = jnp.where(bad, jnp.maximum(mark, jnp.int32(Status.breakdown)), mark)
     # For b = 0 no residual above zero is small relative to ||b||, but the answer is known.
     null = (state.scale == 0) & ~look
+    bad = ~null & ((~look & (pq <= 0)) | ((rz <= 0) & (rr > 0)))
+    mark = jnp.where(bad, jnp.maximum(mark, jnp.int32(Status.breakdown)), mark)
     x = jax.tree.map(lambda leaf: jnp.where(null, 0, leaf), x)
     residual = jnp.where(null, 0, jnp.sqrt(rr))
     return x, lost, CGState(r, state.p, rz, residual, state.scale, mark, jnp.zeros_like(look))

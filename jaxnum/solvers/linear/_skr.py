@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxnum.core import functions, trees
+from jaxnum.core import functions, precision, trees
 from jaxnum.core.batched import raise_unless_all_converged
 from jaxnum.core.problems import Linear
 from jaxnum.core.solver import Solution, solve
@@ -78,6 +78,9 @@ def skr(
     order = skr_order(params) if order is None else jnp.asarray(order)
     checks.shape("skr", order=(order, str(count)))
     checks.dtype("skr", "integer", order=order)
+    if not checks.traced(order):
+        permuted = sorted(order.tolist()) == list(range(count))
+        checks.value("skr", "order", permuted, f"hold each of 0 to {count - 1} once", order.tolist())
     example = jax.tree.map(lambda leaf: leaf[0], params)
     traced = functions.trace(functions.as_function(lambda p: _traced(make(p))), example)
     solution = _solve_in_order(_Options(m, k, max_steps), traced, params, order, rtol, atol)
@@ -151,7 +154,9 @@ def skr_order(params: PyTree, *, chunk: int = 1000) -> jax.Array:
     checks.value("skr_order", "chunk", ok, "be a Python int >= 1", chunk)
     leaves = [jnp.reshape(leaf, (count, -1)) for leaf in jax.tree.leaves(params)]
     points = jnp.concatenate([part for leaf in leaves for part in (leaf.real, leaf.imag)], axis=1)
-    return _tour(points, min(chunk, count))
+    points = points.astype(precision.accumulator(points.dtype) if jnp.isdtype(points.dtype, "real floating") else float)
+    # By their largest entry: a square may overflow.
+    return _tour(points / jnp.maximum(jnp.max(jnp.abs(points)), jnp.finfo(points.dtype).tiny), min(chunk, count))
 
 
 @partial(jax.jit, static_argnames=("size",))
@@ -165,8 +170,9 @@ def _tour(points: jax.Array, size: int) -> jax.Array:
 
         def visit(carry: tuple, _: None) -> tuple[tuple, jax.Array]:
             here, left = carry
-            # Indices past the end come last, and are cut off.
-            far = jnp.where(index < count, jnp.sum((members - here) ** 2, axis=1), jnp.finfo(points.dtype).max)
+            # Distances are below 4 d. Indices past the end come last, and are cut off; NaN is as far as can be.
+            far = jnp.where(index < count, jnp.sum((members - here) ** 2, axis=1), 8.0 * points.shape[1])
+            far = jnp.where(jnp.isnan(far), 6.0 * points.shape[1], far)
             nearest = jnp.argmin(jnp.where(left, far, jnp.inf)).astype(jnp.int32)
             return (members[nearest], left.at[nearest].set(False)), index[nearest]
 

@@ -334,4 +334,4 @@ def _dual(u: jax.Array, v: jax.Array, problem: Transport) -> jax.Array:
 
 def _measure(hyper: NewtonHyper, x: Pair, state: NewtonState, problem: Transport) -> Measure:
     residual = marginals.error(x, state.rows, state.cols, problem)
-    return Measure(residual, jnp.ones((), residual.dtype), state.flag)
+    return Measure(residual, marginals.scale(problem).astype(residual.dtype), state.flag)

@@ -75,8 +75,9 @@ def sinkhorn(
         halve the steps near the solution or diverge far from it.
 
     Returns:
-      A Solver for `Transport`. Balanced, it stops at ||P 1 - a||_1 + ||P^T 1 - b||_1 <= atol + rtol, the second term
-      being rounding when momentum is 1; unbalanced, at the sup-norm of (next potential - potential) / epsilon.
+      A Solver for `Transport`. Balanced, it stops at ||P 1 - a||_1 + ||P^T 1 - b||_1 <= atol + rtol sum a, the
+      second term being rounding when momentum is 1; unbalanced, at the sup-norm of (next potential - potential) /
+      epsilon.
       While epsilon is above its target the residual is reported as the largest number of the dtype, so that no
       tolerance accepts it. `infeasible`: weights negative, not finite, all zero or, balanced, of different sums.
 
@@ -197,9 +198,9 @@ def _update(
 
 def _measure(hyper: SinkhornHyper, x: Pair, state: SinkhornState, problem: Transport) -> Measure:
     residual = marginals.error(x, state.rows, state.cols, problem)
-    one = jnp.ones((), residual.dtype)
+    scale = marginals.scale(problem).astype(residual.dtype)
     if state.stage is None:
-        return Measure(residual, one, state.flag)
+        return Measure(residual, scale, state.flag)
     # Potentials of another epsilon may well overflow at the target; NaN means what it says.
     waiting = jnp.where(jnp.isnan(residual), residual, jnp.finfo(residual.dtype).max)
-    return Measure(jnp.where(state.stage.judged, residual, waiting), one, state.flag)
+    return Measure(jnp.where(state.stage.judged, residual, waiting), scale, state.flag)

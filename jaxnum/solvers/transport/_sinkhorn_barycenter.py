@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxnum.core import precision
 from jaxnum.core.costs import as_cost
 from jaxnum.core.problems import FixedPoint
 from jaxnum.core.solver import Solution, Solver, drive
@@ -50,7 +51,7 @@ def sinkhorn_barycenter(
     Args:
       cost: C [n, m], an array, a `DenseCost` or a `PointCloudCost`: from supports of the measures to that of q.
       measures: p [k, n] >= 0, all of one sum; zeros are allowed.
-      weights: [k] >= 0, taken in proportion to their sum.
+      weights: [k] >= 0, taken in proportion to their sum, which is above 0.
       epsilon: real scalar > 0, in units of C.
       solver: a solver of `FixedPoint`; None is `picard()`.
       rtol: real scalar >= 0, relative to the norm of the log scalings; None is the solver's.
@@ -58,7 +59,8 @@ def sinkhorn_barycenter(
       on_failure: "raise" or "return", as in `jaxnum.solve`.
 
     Returns:
-      A `SinkhornBarycenter`. Measures that are negative or of no mass end as `nonfinite`.
+      A `SinkhornBarycenter`. Measures that are negative, of no mass or of different masses, and negative weights, end
+      as `nonfinite`.
 
     Raises:
       ValueError, ShapeError, DtypeError: arguments that do not fit, at trace time.
@@ -116,8 +118,12 @@ def _next(v: jax.Array, cost: Any, measures: jax.Array, weights: jax.Array, epsi
 def _project(
     v: jax.Array, cost: Any, measures: jax.Array, weights: jax.Array, epsilon: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Log q [m] and log r [k, m]."""
+    """Log q [m] and log r [k, m]; NaN where there is no barycentre."""
     held = measures > 0
+    masses = jax.lax.stop_gradient(jnp.sum(measures, axis=1))
+    slack = 4 * precision.attainable(measures) * measures.shape[1] ** 0.5
+    sound = (jnp.max(masses) - jnp.min(masses) <= slack * jnp.max(masses)) & jnp.all(weights >= 0)
+    weights = jnp.where(sound, weights, jnp.nan)
     logs = jnp.log(jnp.where(held | (measures < 0) | jnp.isnan(measures), measures, 1))
     u = logs - jax.vmap(lambda row: cost.lse_rows(row, epsilon))(v)
     u = jnp.where(measures == 0, -jnp.inf, u)

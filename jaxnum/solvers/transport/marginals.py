@@ -55,6 +55,12 @@ def error(x: Pair, rows: jax.Array, cols: jax.Array, problem: Transport) -> jax.
     return jnp.where(problem.balanced, wrong_a + wrong_b, jnp.maximum(next_a, next_b))
 
 
+def scale(problem: Transport) -> jax.Array:
+    """What `error` is relative to: the mass that is moved, or 1 where log scalings are compared."""
+    mass = problem.masses[0]
+    return jnp.where(problem.balanced & (mass > 0), mass, 1)
+
+
 def _errors(
     potential: jax.Array, epsilon: jax.Array, lse: jax.Array, weights: jax.Array, tau: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
