@@ -132,9 +132,8 @@ def test_breakdown_names_its_direction(x64):
 
 @pytest.mark.parametrize("format", ["dia", "ell"])
 def test_a_block_or_another_length_is_refused(format):
-    operator = jaxnum.sparse_operator(
-        sp.csr_array(np.diag([1.0, 2.0, 3.0]).astype(np.float32) + np.eye(3, k=1)), format
-    )
+    A = (np.diag([1.0, 2.0, 3.0]) + np.eye(3, k=1)).astype(np.float32)
+    operator = jaxnum.sparse_operator(sp.csr_array(A), format)
     for v in (jnp.eye(3), jnp.ones(2), jnp.ones(1)):
         with pytest.raises(ValueError, match="Operator.matvec: `v` must have shape"):
             operator.matvec(v)
