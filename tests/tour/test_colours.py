@@ -24,3 +24,6 @@ def test_stop_brings_the_mean_colours_together():
     )
     errors = rows["marginal error in the L1 norm, over-relaxed / plain"].split(" / ")
     assert max(map(float, errors)) <= 1e-4
+    sweeps, newton = rows["steps to 1e-09 in float64, sweeps alone / sweeps + Newton"].split(" / ")
+    assert sum(map(int, newton.split(" + "))) < int(sweeps)
+    assert float(rows["marginal error of these, sweeps alone / sweeps + Newton"].split(" / ")[1]) <= 1e-9
