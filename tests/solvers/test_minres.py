@@ -96,3 +96,11 @@ def test_hermitian_system(x64):
 def test_symmetric_must_be_known():
     with pytest.raises(ValueError, match="linear_solve: `symmetric` must be one of True, False, 'indefinite'"):
         jaxnum.linear_solve(jnp.eye(2), jnp.ones(2), symmetric="yes")
+
+
+def test_a_matrix_that_is_not_symmetric_is_a_breakdown(x64):
+    A = jnp.asarray(np.random.default_rng(0).normal(size=(20, 20)))
+    solution = jaxnum.linear_solve(
+        A, jnp.ones(20), solver=jaxnum.solvers.minres(), symmetric="indefinite", on_failure="return"
+    )
+    assert int(solution.status) == jaxnum.Status.breakdown

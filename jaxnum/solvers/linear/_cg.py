@@ -124,7 +124,7 @@ _DEFAULTS = Defaults(refresh_every=50)
 
 def _init(hyper: None, x: PyTree, problem: Linear) -> CGState:
     scale = trees.norm(problem.b)
-    mark = jnp.where(_asymmetric(problem.A), jnp.int32(Status.breakdown), jnp.int32(0))
+    mark = jnp.where(asymmetric(problem.A), jnp.int32(Status.breakdown), jnp.int32(0))
     zero, still = jnp.zeros_like(scale), jax.tree.map(jnp.zeros_like, problem.b)
     # The first look finds that r = 0 is meaningless, which is no sign of drift.
     return CGState(still, still, zero, zero, scale, mark, jnp.bool_(True))
@@ -150,7 +150,7 @@ def _precondition(r: PyTree, problem: Linear) -> tuple[PyTree, jax.Array, jax.Ar
     return z, trees.vdot(r, z), rr
 
 
-def _asymmetric(A: Any) -> jax.Array:
+def asymmetric(A: Any) -> jax.Array:
     """Whether a stored A differs from its conjugate transpose by more than rounding; functions cannot be asked."""
     if isinstance(A, Operator):
         return jnp.bool_(getattr(A, "asymmetric", False))

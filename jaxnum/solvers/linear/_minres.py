@@ -16,6 +16,7 @@ from jaxnum.core.lanczos import Lanczos
 from jaxnum.core.problems import Linear
 from jaxnum.core.solver import Defaults, Measure, Solver
 from jaxnum.core.status import Status
+from jaxnum.solvers.linear._cg import asymmetric
 
 PyTree = Any
 
@@ -50,10 +51,10 @@ def minres() -> Solver:
     Returns:
       A Solver for `Linear`; give the problem (or `linear_solve`) `symmetric="indefinite"`, which its derivative needs.
       It stops at ||b - A x|| <= atol + rtol ||b||, the 2-norm whatever M, where the residual is recomputed from x every
-      50 steps and before convergence is declared. `breakdown`: r.M r <= 0. `stagnated`: rounding errors dominate the
-      residual. `infeasible`: A r vanishes and r does not, so x is a least-squares solution of a system that has none
-      (rounding may hide it: then `stagnated`); or b has a part in the declared null space, or A does not map it to
-      zero.
+      50 steps and before convergence is declared. `breakdown`: r.M r <= 0, or a dense or sparse A that is not
+      symmetric. `stagnated`: rounding errors dominate the residual. `infeasible`: A r vanishes and r does not, so x is
+      a least-squares solution of a system that has none (rounding may hide it: then `stagnated`); or b has a part in
+      the declared null space, or A does not map it to zero.
 
     Raises:
       SolverError: through `solve`, for any status but `converged`.
@@ -89,8 +90,9 @@ def minres() -> Solver:
 def _init(hyper: None, x: PyTree, problem: Linear) -> MinresState:
     scale = trees.norm(problem.b)
     still, zero = jax.tree.map(jnp.zeros_like, problem.b), jnp.zeros_like(scale)
+    mark = jnp.where(asymmetric(problem.A), jnp.int32(Status.breakdown), jnp.int32(0))
     # The first look finds that r = 0 is meaningless, which is no sign of drift.
-    return MinresState(still, lanczos.started(still, still, zero), zero, scale, jnp.int32(0), jnp.bool_(True))
+    return MinresState(still, lanczos.started(still, still, zero), zero, scale, mark, jnp.bool_(True))
 
 
 def _step(hyper: None, x: PyTree, state: MinresState, problem: Linear) -> tuple[PyTree, MinresState]:
