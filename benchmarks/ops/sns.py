@@ -15,6 +15,7 @@ from benchmarks.registry import Params, Peer, Row, Target, register
 TOLERANCE = 1e-9
 SWEEPS = 50
 PEER_STEPS = 200_000
+POT_SWEEPS = 300
 
 
 def make(params: Params) -> tuple:
@@ -51,9 +52,9 @@ def ott(params: Params):
 
 
 def pot() -> dict[str, float]:
-    """POT in the log domain on the same problem, one run: too long to be sampled.
+    """POT in the log domain on the same problem: the first few hundred sweeps of one run, since all take minutes.
 
-    Its threshold is on the L2 norm of the marginal error, up to sqrt(n) below the L1 norm.
+    Its error is the L2 norm of the marginal error, up to sqrt(n) below the L1 norm.
     """
     import ot
 
@@ -65,12 +66,15 @@ def pot() -> dict[str, float]:
     jax.block_until_ready(solve(*inputs))
     ours = time.perf_counter() - start
     C, a, b = map(np.asarray, inputs)
+    options = {"stopThr": TOLERANCE / 1000**0.5, "numItermax": POT_SWEEPS, "log": True, "warn": False}
     start = time.perf_counter()
-    _, log = ot.sinkhorn(
-        a, b, C, 1e-3, method="sinkhorn_log", stopThr=TOLERANCE / 1000**0.5, numItermax=10_000, log=True, warn=False
-    )
+    _, log = ot.sinkhorn(a, b, C, 1e-3, method="sinkhorn_log", **options)
     theirs = time.perf_counter() - start
-    return {"pot_seconds": theirs, "pot_speedup": theirs / ours, "pot_l2_error": float(log["err"][-1])}
+    return {
+        "pot_sweeps": POT_SWEEPS,
+        "pot_seconds_over_ours": theirs / ours,
+        "pot_l2_error": float(log["err"][-1]),
+    }
 
 
 def reference(params: Params):
