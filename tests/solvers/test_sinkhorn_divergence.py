@@ -16,7 +16,8 @@ def clouds(n=9, m=7):
 
 
 def test_value_equals_that_of_pot_plans(x64):
-    ot = pytest.importorskip("ot")
+    import ot
+
     x, y, a, b = map(np.asarray, clouds())
 
     def price(x, y, a, b):

@@ -226,6 +226,7 @@ def _refresh(hyper: None, state: CGState, due: jax.Array) -> CGState:
 
 
 def flexible_init(hyper: jax.Array, x: PyTree, problem: Linear) -> FlexibleCGState:
+    """A CGState with empty rings of directions, hyper.shape[0] long."""
     # Stacked from copies of x's leaves, so that the rings inherit their sharding.
     ring = jax.tree.map(lambda leaf: jnp.stack([jnp.zeros_like(leaf)] * hyper.shape[0]), x)
     base = _init(None, x, problem)
@@ -283,8 +284,10 @@ def remember(state: FlexibleCGState, base: CGState, p: PyTree, q: PyTree, pq: ja
 
 
 def flexible_measure(hyper: Any, x: PyTree, state: FlexibleCGState, problem: Linear) -> Measure:
+    """The residual of the CGState inside."""
     return _measure(None, x, state.base, problem)
 
 
 def flexible_refresh(hyper: Any, state: FlexibleCGState, due: jax.Array) -> FlexibleCGState:
+    """Have the CGState inside look where it is due."""
     return state._replace(base=_refresh(None, state.base, due))
