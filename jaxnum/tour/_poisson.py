@@ -14,7 +14,7 @@ from jaxnum import solvers
 from jaxnum.tour.stop import BLUE, ORANGE, Picture, Stop, curves, figure, image
 
 
-def poisson(*, n: int = 256, rtol: float = 1e-10, side: int = 16, steps: int = 240) -> Stop:
+def poisson(*, n: int = 256, rtol: float = 1e-10, side: int = 16, steps: int = 320) -> Stop:
     """Poisson's equation on a grid by `linear_solve`: plain, with SSOR, with multigrid, and by `dcdm`.
 
     Args:
@@ -101,9 +101,9 @@ def _learned(side: int, steps: int) -> _Learned:
     start = time.perf_counter()
     like = jnp.zeros((side, side), jnp.float32)
     data = solvers.ritz_dataset(unit_laplacian, like, jax.random.key(0), samples=200, vectors=100)
-    network = solvers.init_dcdm_network(jax.random.key(1), filters=6, levels=4, pairs=1, coarse_pairs=1)
+    network = solvers.init_dcdm_network(jax.random.key(1), filters=8, levels=4, pairs=1, coarse_pairs=1)
     trained = solvers.train_dcdm(
-        solvers.linear_dcdm_network, network, unit_laplacian, data, jax.random.key(2), steps=steps, follow=4
+        solvers.linear_dcdm_network, network, unit_laplacian, data, jax.random.key(2), steps=steps
     )
     deep = solvers.dcdm(solvers.linear_dcdm_network, jax.block_until_ready(trained.params))
     seconds = time.perf_counter() - start
