@@ -5,7 +5,8 @@ Every factory returns an `optax.GradientTransformationExtraArgs` and goes wherev
 optax transformation the argument checks that these have built in.
 """
 
+from jaxnum.transforms._adan import AdanState, adan, adan_restart, scale_by_adan
 from jaxnum.transforms._sophia import SophiaState, scale_by_sophia, sophia
 from jaxnum.transforms._strict import strict
 
-__all__ = ["SophiaState", "scale_by_sophia", "sophia", "strict"]
+__all__ = ["AdanState", "SophiaState", "adan", "adan_restart", "scale_by_adan", "scale_by_sophia", "sophia", "strict"]

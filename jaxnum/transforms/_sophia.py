@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxnum.core.precision import accumulator
-from jaxnum.transforms import _strict
+from jaxnum.transforms import _strict, moments
+from jaxnum.transforms.moments import check_numbers
 from kernels_pallas import checks
 
 PyTree = Any
@@ -118,7 +119,9 @@ def sophia(
       >>> bool(loss(x) < 1e-2)
       True
     """
-    _check("sophia", "be at least 0", lambda x: x >= 0, learning_rate=learning_rate, weight_decay=weight_decay)
+    check_numbers(
+        "sophia", "be at least 0", lambda x: x >= 0, dict(learning_rate=learning_rate, weight_decay=weight_decay)
+    )
     scaled = _scale_by_sophia(
         "sophia", hessian_fn, b1, b2, gamma, eps, clip, update_interval, order, bias_correct_mu, moment_dtype
     )
@@ -181,9 +184,9 @@ def _scale_by_sophia(
     moment_dtype: Any,
 ) -> optax.GradientTransformationExtraArgs:
     _strict.transformation(function, "hessian_fn", hessian_fn)
-    _check(function, "be in [0, 1)", lambda x: 0 <= x < 1, b1=b1, b2=b2)
-    _check(function, "be greater than 0", lambda x: x > 0, gamma=gamma, eps=eps, clip=clip)
-    _check(function, "be at least 1", lambda x: x >= 1, update_interval=update_interval)
+    check_numbers(function, "be in [0, 1)", lambda x: 0 <= x < 1, dict(b1=b1, b2=b2))
+    check_numbers(function, "be greater than 0", lambda x: x > 0, dict(gamma=gamma, eps=eps, clip=clip))
+    check_numbers(function, "be at least 1", lambda x: x >= 1, dict(update_interval=update_interval))
     checks.choice(function, "order", order, ("before", "after"))
     hessian_fn = optax.with_extra_args_support(hessian_fn)
     direction = partial(_direction, gamma, eps, clip)
@@ -207,7 +210,7 @@ def _scale_by_sophia(
     ) -> tuple[PyTree, SophiaState]:
         _strict.matching(function, updates, params, "floating")
         count = jnp.asarray(optax.safe_increment(state.count))
-        mu = jax.tree.map(partial(_average, b1), state.mu, updates)
+        mu = jax.tree.map(partial(moments.average, b1), state.mu, updates)
         unbiased = jax.tree.map(lambda m: (m / (1 - b1**count)).astype(m.dtype), mu) if bias_correct_mu else mu
 
         def refresh(nu: PyTree, win_rate: jax.Array, hessian_state: PyTree) -> tuple[PyTree, jax.Array, PyTree]:
@@ -217,7 +220,7 @@ def _scale_by_sophia(
             checks.same_tree(
                 function, ("params", params), dtypes=False, remedy=remedy, **{"hessian_fn.update(...)": estimate}
             )
-            fresh = jax.tree.map(lambda n, h: _average(b2, n, h).astype(n.dtype), nu, estimate)
+            fresh = jax.tree.map(lambda n, h: moments.average(b2, n, h).astype(n.dtype), nu, estimate)
             used = fresh if order == "before" else nu
             return fresh, _win_rate(gamma, eps, clip, unbiased, used), hessian_state
 
@@ -236,19 +239,6 @@ def _scale_by_sophia(
 
     # optax types every state as any tree.
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
-
-
-def _check(function: str, wanted: str, inside: Callable[[float], bool], **numbers: Any) -> None:
-    """Check hyperparameters that are Python numbers; arrays may be traced, and functions are schedules."""
-    for name, got in numbers.items():
-        if isinstance(got, int | float):
-            checks.value(function, name, inside(got), wanted, got)
-
-
-def _average(decay: Any, old: jax.Array, new: jax.Array) -> jax.Array:
-    """The average decay * old + (1 - decay) * new, in at least float32 whatever the dtype of decay."""
-    wide = accumulator(old.dtype)
-    return (decay * old.astype(wide) + (1 - decay) * new.astype(wide)).astype(wide)
 
 
 def _direction(gamma: Any, eps: Any, clip: Any, m: jax.Array, h: jax.Array) -> jax.Array:

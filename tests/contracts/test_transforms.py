@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from jaxnum.curvature import gauss_newton_bartlett, hutchinson
-from jaxnum.transforms import sophia, strict
+from jaxnum.transforms import adan, sophia, strict
 from tests.contracts import transform
 from tests.contracts.transform import TransformMember
 
@@ -28,6 +28,7 @@ def sophia_member(name, estimator, extra):
 
 TRANSFORMS = [
     sophia_member("sophia_h", hutchinson, lambda loss, residuals: {"obj_fn": loss}),
+    TransformMember("adan", adan, {"learning_rate": 0.02, "b1": 0.9, "weight_decay": 1e-3}),
     TransformMember("strict_adam", strict_adam, {"learning_rate": 0.05}),
     TransformMember("strict_sgd", strict_sgd, {"learning_rate": 0.0005, "momentum": 0.99}),
 ]
