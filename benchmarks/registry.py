@@ -105,6 +105,8 @@ EXEMPT = {
     "extragradient": "the peer in the row of feg, which measures both",
     "hutchinson": "one Hessian-vector product of the user's loss, which costs what the loss costs",
     "gauss_newton_bartlett": "one gradient of the user's model, which costs what the model costs",
+    "wsd": "figures in the row of refine_schedule",
+    "record_norms": "one sum of squares, which XLA fuses",
     "newton_cg": "gradients and Hessian products of the user's f, which cost what f costs",
     "hutchinson_trace": "matfree's estimator on the user's operator, which costs what the operator costs",
     "hutchinson_diagonal": "matfree's estimator on the user's operator, which costs what the operator costs",
@@ -191,7 +193,14 @@ def shapes(name: str) -> Mapping[str, Params]:
 def public_methods() -> set[str]:
     """Names of every public function of the rooms."""
     names = set()
-    for package in ("jaxnum.transforms", "jaxnum.solvers", "jaxnum.curvature", "jaxnum.sequence", "kernels_pallas"):
+    for package in (
+        "jaxnum.transforms",
+        "jaxnum.schedules",
+        "jaxnum.solvers",
+        "jaxnum.curvature",
+        "jaxnum.sequence",
+        "kernels_pallas",
+    ):
         module = importlib.import_module(package)
         listed = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
         for name in listed:

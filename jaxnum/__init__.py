@@ -1,6 +1,7 @@
 """jaxnum: functional numerics for JAX. Gradient transforms, jitted solvers and sequence kernels as pure functions."""
 
 from jaxnum import curvature as curvature
+from jaxnum import schedules as schedules
 from jaxnum import sequence as sequence
 from jaxnum import solvers as solvers
 from jaxnum import transforms as transforms

@@ -23,6 +23,7 @@ EXAMPLE = re.compile(r"^```python\n(.*?)^```\n(?:```text\n.*?^```\n)?", flags=re
 HEADINGS = {
     "jaxnum": "Verbs, and what drives them",
     "jaxnum.transforms": "Gradient transforms",
+    "jaxnum.schedules": "Schedules",
     "jaxnum.solvers": "Solvers, and what composes them",
     "jaxnum.curvature": "Curvature",
     "jaxnum.sequence": "Sequence layers, and what they are made of",

@@ -9,7 +9,14 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("jaxnum", "kernels_pallas")
-ROOMS = ("jaxnum.transforms", "jaxnum.solvers", "jaxnum.curvature", "jaxnum.sequence", "kernels_pallas")
+ROOMS = (
+    "jaxnum.transforms",
+    "jaxnum.schedules",
+    "jaxnum.solvers",
+    "jaxnum.curvature",
+    "jaxnum.sequence",
+    "kernels_pallas",
+)
 
 
 class Name(NamedTuple):

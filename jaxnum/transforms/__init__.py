@@ -6,7 +6,19 @@ optax transformation the argument checks that these have built in.
 """
 
 from jaxnum.transforms._adan import AdanState, adan, adan_restart, scale_by_adan
+from jaxnum.transforms._record_norms import NormsState, record_norms
 from jaxnum.transforms._sophia import SophiaState, scale_by_sophia, sophia
 from jaxnum.transforms._strict import strict
 
-__all__ = ["AdanState", "SophiaState", "adan", "adan_restart", "scale_by_adan", "scale_by_sophia", "sophia", "strict"]
+__all__ = [
+    "AdanState",
+    "NormsState",
+    "SophiaState",
+    "adan",
+    "adan_restart",
+    "record_norms",
+    "scale_by_adan",
+    "scale_by_sophia",
+    "sophia",
+    "strict",
+]

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from jaxnum.curvature import gauss_newton_bartlett, hutchinson
-from jaxnum.transforms import adan, sophia, strict
+from jaxnum.transforms import adan, record_norms, sophia, strict
 from tests.contracts import transform
 from tests.contracts.transform import TransformMember
 
@@ -19,6 +19,10 @@ def strict_sgd(learning_rate, momentum):
     return strict(optax.sgd(learning_rate, momentum), name="sgd")
 
 
+def recorded_sgd(learning_rate, momentum):
+    return strict(optax.chain(record_norms(4), optax.sgd(learning_rate, momentum)), name="recorded_sgd")
+
+
 def sophia_member(name, estimator, extra):
     hyper = {"learning_rate": 0.02, "b1": 0.9, "weight_decay": 0.0}
     return TransformMember(
@@ -29,6 +33,7 @@ def sophia_member(name, estimator, extra):
 TRANSFORMS = [
     sophia_member("sophia_h", hutchinson, lambda loss, residuals: {"obj_fn": loss}),
     TransformMember("adan", adan, {"learning_rate": 0.02, "b1": 0.9, "weight_decay": 1e-3}),
+    TransformMember("recorded_sgd", recorded_sgd, {"learning_rate": 0.0005, "momentum": 0.99}),
     TransformMember("strict_adam", strict_adam, {"learning_rate": 0.05}),
     TransformMember("strict_sgd", strict_sgd, {"learning_rate": 0.0005, "momentum": 0.99}),
 ]

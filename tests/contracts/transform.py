@@ -102,7 +102,10 @@ def keeps_sharding(member):
     before = tx.init(params)
     moved, after = run(member, tx, params, 1)
     pairs = zip(jax.tree.leaves((params, before)), jax.tree.leaves((moved, after)), strict=True)
-    assert all(a.sharding.is_equivalent_to(b.sharding, a.ndim) for a, b in pairs if a.ndim)
+    # What is not made like a parameter, as a record of steps, is nobody's to shard.
+    made_like = [(a, b) for a, b in pairs if isinstance(a.sharding, jax.sharding.NamedSharding)]
+    assert len(made_like) >= len(params)
+    assert all(a.sharding.is_equivalent_to(b.sharding, a.ndim) for a, b in made_like)
 
 
 def abstract_init(member):
