@@ -6,11 +6,23 @@ optax transformation the argument checks that these have built in.
 """
 
 from jaxnum.transforms._adan import AdanState, adan, adan_restart, scale_by_adan
+from jaxnum.transforms._geometric_median import geometric_median
+from jaxnum.transforms._m_coherence import CoherenceState, m_coherence, m_coherence_stream
+from jaxnum.transforms._median_of_means import median_of_means
 from jaxnum.transforms._record_norms import NormsState, record_norms
 from jaxnum.transforms._sophia import SophiaState, scale_by_sophia, sophia
 from jaxnum.transforms._strict import strict
+from jaxnum.transforms._trimmed_mean import trimmed_mean
+from jaxnum.transforms._winsorized_mean import winsorized_mean
 
 __all__ = [
+    "CoherenceState",
+    "geometric_median",
+    "m_coherence",
+    "m_coherence_stream",
+    "median_of_means",
+    "trimmed_mean",
+    "winsorized_mean",
     "AdanState",
     "NormsState",
     "SophiaState",

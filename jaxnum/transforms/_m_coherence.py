@@ -1,0 +1,126 @@
+"""m-coherence: how far the gradients of single examples agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxnum.core.precision import accumulator
+from jaxnum.transforms import per_example
+
+PyTree = Any
+
+
+class CoherenceState(NamedTuple):
+    """What `m_coherence_stream` has seen."""
+
+    count: jax.Array  # [] int32, examples
+    total: PyTree  # sum of gradients, like params, at least float32
+    squares: PyTree  # sum of squared norms of each leaf, [] each
+
+
+def m_coherence(
+    per_example_gradients: PyTree, *, axis: int = 0, by_leaf: bool = False, unbiased: bool = False
+) -> jax.Array | PyTree:
+    """The number of examples that the gradient of one example helps, on average.
+
+    For gradients g_1..g_m it is ||sum_i g_i||^2 / sum_i ||g_i||^2: 1 where they are orthogonal, m where they are alike,
+    0 where they cancel. Divided by m it is alpha = ||mean g||^2 / mean ||g||^2. Early in training it is several times
+    larger for true labels than for random ones.
+
+    Args:
+      per_example_gradients: tree of [m, ...], as from `jax.vmap(jax.grad(loss), (None, 0))(params, batch)`. Layers that
+        couple examples, as batch normalisation does in training, have no such gradients.
+      axis: the axis of examples.
+      by_leaf: a value for each leaf instead of one. Numerators and denominators add over leaves; ratios do not.
+      unbiased: estimate alpha of the population instead, from pairs of different examples: (c - 1) / (m - 1) for
+        m-coherence c, without the upward bias 1/m of alpha.
+
+    Returns:
+      A real scalar in [0, m], or a tree of them; at most 1 where `unbiased`, and negative where examples oppose each
+      other. NaN where all gradients are 0, and for one example where `unbiased`.
+
+    Raises:
+      ShapeError, DtypeError: gradients without the axis of examples.
+
+    Cost: one pass. For gradients that do not fit at once: `m_coherence_stream`.
+
+    Numerics: sums in at least float32; near 0 the numerator is a difference of large numbers.
+
+    Source: S. Chatterjee, P. Zielinski, "On the Generalization Mystery in Deep Learning", 2022, arXiv 2203.10036,
+      section 2; the estimate from pairs is ours.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print([float(m_coherence(g)) for g in (jnp.eye(4), jnp.ones((4, 3)), jnp.array([[1.0], [-1.0]]))])
+      [1.0, 4.0, 0.0]
+    """
+    size = per_example.examples("m_coherence", per_example_gradients, axis)
+    first = jax.tree.map(lambda g: jnp.moveaxis(g, axis, 0), per_example_gradients)
+    return _ratio(jnp.int32(size), _total(first), _squares(first), by_leaf, unbiased)
+
+
+def m_coherence_stream(
+    *, by_leaf: bool = False, unbiased: bool = False
+) -> tuple[Callable[[PyTree], CoherenceState], Callable[[CoherenceState, PyTree], CoherenceState], Callable]:
+    """`m_coherence` of examples that come in pieces.
+
+    Args:
+      by_leaf: as there.
+      unbiased: as there.
+
+    Returns:
+      `(init, add, value)`: `init(params)` is an empty `CoherenceState`, `add(state, per_example_gradients)` takes in
+      gradients [k, ...] of any k, examples first, `value(state)` is the m-coherence of all so far; NaN before any.
+
+    Raises:
+      ShapeError, DtypeError: as there, by `add`.
+
+    Cost: one pass over each piece; a state of the size of the parameters.
+
+    Source: as there.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> init, add, value = m_coherence_stream()
+      >>> state = init(jnp.zeros(3))
+      >>> for _ in range(2):
+      ...     state = add(state, jnp.ones((4, 3)))
+      >>> float(value(state))
+      8.0
+    """
+
+    def init(params: PyTree) -> CoherenceState:
+        total = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=accumulator(jnp.result_type(p))), params)
+        squares = jax.tree.map(lambda t: jnp.zeros([], jnp.finfo(t.dtype).dtype), total)
+        return CoherenceState(jnp.int32(0), total, squares)
+
+    def add(state: CoherenceState, per_example_gradients: PyTree) -> CoherenceState:
+        size = per_example.examples("m_coherence_stream", per_example_gradients, 0, state.total)
+        total = jax.tree.map(jnp.add, state.total, _total(per_example_gradients))
+        squares = jax.tree.map(jnp.add, state.squares, _squares(per_example_gradients))
+        return CoherenceState(state.count + size, total, squares)
+
+    def value(state: CoherenceState) -> jax.Array | PyTree:
+        return _ratio(state.count, state.total, state.squares, by_leaf, unbiased)
+
+    return init, add, value
+
+
+def _total(gradients: PyTree) -> PyTree:
+    return jax.tree.map(lambda g: jnp.sum(g, axis=0, dtype=accumulator(g.dtype)), gradients)
+
+
+def _squares(gradients: PyTree) -> PyTree:
+    return jax.tree.map(lambda g: jnp.sum(jnp.abs(g.astype(accumulator(g.dtype))) ** 2), gradients)
+
+
+def _ratio(count: jax.Array, total: PyTree, squares: PyTree, by_leaf: bool, unbiased: bool) -> jax.Array | PyTree:
+    tops = jax.tree.map(lambda t: jnp.sum(jnp.abs(t) ** 2), total)
+    if not by_leaf:
+        tops, squares = (jnp.asarray(sum(jax.tree.leaves(tree))) for tree in (tops, squares))
+    values = jax.tree.map(jnp.divide, tops, squares)
+    return jax.tree.map(lambda v: (v - 1) / (count - 1), values) if unbiased else values

@@ -1,0 +1,87 @@
+"""What the aggregators of per-example gradients share: their frame, their checks, and order statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.experimental import aggregating
+
+from jaxnum.core.precision import accumulator
+from kernels_pallas import checks
+from kernels_pallas.checks import ShapeError
+
+PyTree = Any
+_INSERTED = 64
+_REMEDY = "Pass jax.vmap(jax.grad(loss), (None, 0))(params, batch)."
+
+
+def aggregator(
+    function: str, fewest: int, combine: Callable[[PyTree, int], PyTree], axis: int = 0
+) -> aggregating.Aggregator:
+    """An aggregator from a function of the tree of per-example gradients, examples first, and their number."""
+
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
+        del extra_args
+        size = examples(function, updates, axis, params)
+        wanted = f"have at least {fewest} examples"
+        checks.value(function, "updates", size >= fewest, wanted, size, "Take a larger batch.")
+        first = jax.tree.map(lambda g: jnp.moveaxis(g, axis, 0), updates)
+        return combine(first, size), state
+
+    return aggregating.Aggregator(optax.init_empty_state, update)  # pyright: ignore[reportArgumentType]
+
+
+def examples(function: str, updates: PyTree, axis: int, params: PyTree = None) -> int:
+    """The number of examples, the same in every leaf.
+
+    Raises:
+      DtypeError: a leaf is not floating-point.
+      ShapeError: a leaf without the axis, or with another number; one that does not fit its parameter.
+      TreeError: another tree structure than `params`.
+    """
+    sizes = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
+        name = "updates" + jax.tree_util.keystr(path)
+        checks.dtype(function, "inexact", **{name: leaf})
+        shape = jnp.shape(leaf)
+        inside = -len(shape) <= axis < len(shape)
+        checks.value(function, name, inside, f"have an axis {axis} of examples", f"shape {shape}", _REMEDY, ShapeError)
+        sizes[name] = shape[axis]
+    checks.value(function, "updates", bool(sizes), "have leaves", "an empty tree")
+    first = next(iter(sizes.values()))
+    for name, size in sizes.items():
+        checks.value(function, name, size == first, f"have {first} examples", size, _REMEDY, ShapeError)
+    if params is not None:
+        one = jax.eval_shape(lambda tree: jax.tree.map(lambda g: jnp.take(g, 0, axis), tree), updates)
+        checks.same_tree(function, ("params", params), dtypes=False, remedy=_REMEDY, updates=one)
+    return first
+
+
+def mean(values: jax.Array) -> jax.Array:
+    """Mean over the first axis, summed in at least float32, in the dtype given."""
+    return jnp.mean(values, axis=0, dtype=accumulator(values.dtype)).astype(values.dtype)
+
+
+def smallest(values: jax.Array, count: int) -> jax.Array:
+    """The `count` smallest values along the first axis, in order: [count, ...]; NaN where any value is NaN.
+
+    Each value is inserted by comparisons of whole arrays: on a CPU a hundred times faster than `jnp.sort` along the
+    first axis for 5 of 32. A program of very many comparisons would take long to compile.
+    """
+    if count > _INSERTED:
+        ordered = jnp.sort(values, axis=0)  # NaN last
+        return jnp.where(jnp.isnan(ordered[-1]), jnp.nan, ordered[:count])
+
+    def insert(kept: tuple[jax.Array, ...], value: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+        row = []
+        for held in kept:
+            row.append(jnp.minimum(held, value))
+            value = jnp.maximum(held, value)
+        return tuple(row), None
+
+    empty = tuple(jnp.full_like(values[0], jnp.inf) for _ in range(count))
+    return jnp.stack(jax.lax.scan(insert, empty, values)[0])

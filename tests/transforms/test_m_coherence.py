@@ -1,0 +1,53 @@
+"""m-coherence: orthogonal, equal, opposed and random gradients; pieces; pairs by brute force."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxnum.transforms import m_coherence, m_coherence_stream
+from kernels_pallas.checks import ShapeError, TreeError
+from tests.tolerances import tolerance
+
+
+def test_known_values():
+    opposed = jnp.concatenate([jnp.ones((16, 3)), -jnp.ones((16, 3))])
+    for gradients, want in ((jnp.eye(8), 1.0), (jnp.ones((32, 5)), 32.0), (opposed, 0.0)):
+        np.testing.assert_allclose(m_coherence(gradients), want, rtol=tolerance("float32", 32))
+    gaussian = jax.random.normal(jax.random.key(0), (32, 100_000))
+    assert abs(float(m_coherence(gaussian)) - 1) < 0.02
+    assert abs(float(m_coherence(gaussian, unbiased=True))) < 1e-3
+    assert np.isnan(m_coherence(jnp.zeros((4, 2))))
+
+
+def test_pairs_by_brute_force(x64):
+    g = jax.random.normal(jax.random.key(1), (7, 10)) + 0.3
+    products = g @ g.T
+    np.testing.assert_allclose(m_coherence(g), products.sum() / jnp.trace(products), rtol=1e-10)
+    pairs = (products.sum() - jnp.trace(products)) / (7 * 6)
+    np.testing.assert_allclose(m_coherence(g, unbiased=True), pairs / (jnp.trace(products) / 7), rtol=1e-10)
+
+
+def test_pieces_equal_the_whole_and_leaves_add(key):
+    params = {"w": jnp.zeros((3, 2)), "b": jnp.zeros(2, jnp.bfloat16)}
+    grads = {k: (jax.random.normal(key, (12, *p.shape)) + 0.5).astype(p.dtype) for k, p in params.items()}
+    for by_leaf in (False, True):
+        init, add, value = m_coherence_stream(by_leaf=by_leaf)
+        state = init(params)
+        for a, b in ((0, 1), (1, 7), (7, 12)):
+            state = jax.jit(add)(state, jax.tree.map(lambda g, a=a, b=b: g[a:b], grads))
+        want = m_coherence(grads, by_leaf=by_leaf)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), value(state), want)
+        assert int(state.count) == 12
+    flat = jnp.concatenate([g.astype("float32").reshape(12, -1) for g in jax.tree.leaves(grads)], axis=1)
+    np.testing.assert_allclose(m_coherence(grads), m_coherence(flat), rtol=1e-6)
+    last = jax.tree.map(lambda g: jnp.moveaxis(g, 0, -1), grads)
+    np.testing.assert_allclose(m_coherence(last, axis=-1), m_coherence(flat), rtol=1e-6)
+
+
+def test_bad_gradients_are_named():
+    init, add, _ = m_coherence_stream()
+    with pytest.raises(ShapeError, match="^m_coherence: `updates` must have an axis 0 of examples"):
+        m_coherence(jnp.float32(1))
+    with pytest.raises(TreeError, match="^m_coherence_stream: `updates` must "):
+        add(init({"w": jnp.zeros(2)}), jnp.ones((3, 2)))

@@ -1,0 +1,40 @@
+"""Winsorised means against scipy, their limits, and what they do to a single wild example."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import mstats
+
+from jaxnum.transforms import median_of_means, winsorized_mean
+from tests.tolerances import tolerance
+from tests.transforms.aggregators import behaves
+
+
+def test_it_is_an_aggregator():
+    behaves("winsorized_mean", lambda axis: winsorized_mean(1, axis=axis))
+
+
+@pytest.mark.parametrize(("m", "c"), [(9, 2), (8, 3), (5, 0), (200, 70)])
+def test_equals_scipy(m, c, x64):
+    x = np.random.default_rng(0).normal(size=(m, 4))
+    want = mstats.winsorize(x, limits=(c / m, c / m), axis=0).mean(axis=0)
+    got, _ = winsorized_mean(c).update(jnp.asarray(x), ())
+    np.testing.assert_allclose(got, want, rtol=tolerance("float64", m))
+
+
+def test_the_largest_c_is_the_median_and_infinity_is_pulled_in():
+    x = jax.random.normal(jax.random.key(0), (7, 3))
+    got, _ = winsorized_mean(3).update(x, ())
+    np.testing.assert_allclose(got, jnp.median(x, axis=0), rtol=tolerance("float32", 7))
+    every, _ = median_of_means(None).update(x, ())
+    np.testing.assert_array_equal(every, jnp.median(x, axis=0))
+    wild, _ = winsorized_mean(1).update(x.at[2].set(jnp.inf), ())
+    assert bool(jnp.isfinite(wild).all())
+
+
+def test_too_few_examples_and_bad_counts_are_named():
+    with pytest.raises(ValueError, match="^winsorized_mean: `updates` must have at least 5 examples; got 4"):
+        winsorized_mean(2).update(jnp.ones((4, 2)), ())
+    with pytest.raises(ValueError, match="^winsorized_mean: `c` must be an integer of at least 0; got -1"):
+        winsorized_mean(-1)
