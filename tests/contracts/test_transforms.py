@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from jaxnum.curvature import gauss_newton_bartlett, hutchinson
-from jaxnum.transforms import adan, record_norms, sophia, strict
+from jaxnum.transforms import adamw_independent, adan, lion, record_norms, sophia, strict
 from tests.contracts import transform
 from tests.contracts.transform import TransformMember
 
@@ -33,6 +33,8 @@ def sophia_member(name, estimator, extra):
 TRANSFORMS = [
     sophia_member("sophia_h", hutchinson, lambda loss, residuals: {"obj_fn": loss}),
     TransformMember("adan", adan, {"learning_rate": 0.02, "b1": 0.9, "weight_decay": 1e-3}),
+    TransformMember("adamw_independent", adamw_independent, {"peak": 0.05, "weight_decay": 1e-4}),
+    TransformMember("lion", lion, {"learning_rate": 0.02, "weight_decay": 1e-3}),
     TransformMember("recorded_sgd", recorded_sgd, {"learning_rate": 0.0005, "momentum": 0.99}),
     TransformMember("strict_adam", strict_adam, {"learning_rate": 0.05}),
     TransformMember("strict_sgd", strict_sgd, {"learning_rate": 0.0005, "momentum": 0.99}),
