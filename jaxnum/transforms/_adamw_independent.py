@@ -55,8 +55,9 @@ def adamw_independent(
 
     Cost: as `optax.adamw`.
 
-    Numerics: as `optax.adamw`, whose squares take the parameters' dtype: keep parameters in float32. A non-finite gradient makes the norm, and with `max_grad_norm` every coordinate,
-    non-finite at this step and after; `optax.apply_if_finite` skips such steps.
+    Numerics: as `optax.adamw`, whose squares take the parameters' dtype: keep parameters in float32. A non-finite
+    gradient makes the norm, and with `max_grad_norm` every coordinate, non-finite at this step and after;
+    `optax.apply_if_finite` skips such steps.
 
     Source: M. Wortsman, P. J. Liu, L. Xiao et al., "Small-scale proxies for large-scale Transformer training
     instabilities", 2023, arXiv 2309.14322, section 3.2; I. Loshchilov, F. Hutter, "Decoupled Weight Decay
