@@ -47,6 +47,7 @@ def learned_relaxation(
     *,
     omegas: jax.Array | None = None,
     bandit: Bandit | None = None,
+    bandit_contexts: jax.Array | None = None,
     schedule: Schedule | None = None,
     rtol: Any = None,
     max_steps: int = 10_000,
@@ -55,7 +56,8 @@ def learned_relaxation(
 
     The bandit draws one of the omegas for each system and is told how many steps the solve took, no more: neither a
     spectral radius nor a derivative. With `tsallis_inf` the mean steps approach those of the best fixed omega of the
-    grid as O(sqrt(arms / systems)).
+    grid as O(sqrt(arms / systems)). With `cheb_cb`, or `tsallis_inf` with `context_bins`, and a number known of each
+    system before it is solved, such as a shift or a diffusivity, they may fall below.
 
     Args:
       make_problem: `make_problem(context)` -> `Linear` whose A is an array [n, n], or an operator of
@@ -64,6 +66,7 @@ def learned_relaxation(
       key: typed PRNG key.
       omegas: real [arms], each in (0, 2). Default: 20 from 1 to 1.95, evenly.
       bandit: default `tsallis_inf(arms)`; any three functions of its kind.
+      bandit_contexts: real [systems], what a contextual bandit looks at before it draws; None for one that does not.
       schedule: `sor_schedule(A)` for a sparse A, which all systems share.
       rtol: see `jaxnum.solve`.
       max_steps: Python int >= 1, limit of a solve, and so of what one bad omega may cost.
@@ -95,10 +98,14 @@ def learned_relaxation(
     checks.shape("learned_relaxation", omegas=(omegas, "arms"))
     sweeps.check_relaxation("learned_relaxation", omegas, "omegas")
     init, sample, update = tsallis_inf(omegas.size) if bandit is None else bandit
+    seen = () if bandit_contexts is None else (jnp.asarray(bandit_contexts),)
+    systems = jnp.shape(jax.tree.leaves(contexts)[0])[0]
+    for array in seen:
+        checks.shape("learned_relaxation", bandit_contexts=(array, f"{systems}"))
 
     def solved(state: PyTree, inputs: tuple) -> tuple[PyTree, tuple]:
-        key, context = inputs
-        arm, state = sample(state, key)
+        key, context, seen = inputs
+        arm, state = sample(state, key, *seen)
         problem = make_problem(context)
         solution = solve(
             sor(omegas[arm], schedule=schedule),
@@ -111,7 +118,6 @@ def learned_relaxation(
         )
         return update(state, solution.steps), (solution.x, solution.steps, arm, solution.status)
 
-    keys = jax.random.split(key, jnp.shape(jax.tree.leaves(contexts)[0])[0])
-    state, outputs = jax.lax.scan(solved, init(), (keys, contexts))
+    state, outputs = jax.lax.scan(solved, init(), (jax.random.split(key, systems), contexts, seen))
     x, steps, arms, status = outputs
     return LearnedRelaxation(x, steps, arms, status, state)
