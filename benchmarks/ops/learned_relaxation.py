@@ -7,6 +7,7 @@ Crank-Nicolson's in two dimensions with a diffusivity that swings by a hundred, 
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,8 @@ def laplacian():
 
 def make(params: Params) -> tuple:
     shift, side = jax.random.split(jax.random.key(params["seed"]))
-    shifts = -0.15 + 0.6 * jax.random.beta(shift, *params.get("beta", LOW_VARIANCE), (params["systems"],))
+    a, b = params.get("beta", LOW_VARIANCE)
+    shifts = -0.15 + 0.6 * jax.random.beta(shift, a, b, (params["systems"],))
     return shifts, jax.random.normal(side, (params["systems"], GRID**2))
 
 
@@ -109,7 +111,7 @@ def laplacians(name: str, beta: tuple[float, float]) -> dict[str, float]:
     }
     best = jax.jit(best_for_each)
     ratios: dict[str, list[float]] = {}
-    figures: dict[str, float] = {}
+    figures: dict[str, Any] = {}
     for seed in range(SEEDS):
         inputs = make({"systems": SYSTEMS, "seed": seed, "beta": beta})
         table = np.array([np.mean(fixed(*inputs, omega)) for omega in OMEGAS[VALLEY]])

@@ -1,7 +1,8 @@
-"""Triangular sweeps in the natural order of the unknowns: by LAPACK when A is dense, level by level when it is sparse.
+"""Triangular sweeps: by LAPACK when A is dense; level by level, or colour by colour, when it is sparse.
 
-Row i of a triangular solve waits for the rows it reads. Rows that wait for equally many others form a level and are
-solved at once; the host finds the levels from the pattern, and one scan runs over chunks of them, all of one width.
+Row i of a triangular solve waits for the rows it reads. In the natural order rows that wait for equally many others
+form a level and are solved at once; in a multicolour order, rows of one colour, none of which reads another. The host
+finds either from the pattern, and one scan runs over chunks of them, all of one width.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Triangle(NamedTuple):
 
     Attributes:
       at: where the entry stands in the operator's storage; one past its end for padding.
-      reads: which unknown it multiplies, in level order.
+      reads: which unknown it multiplies, in the order of the sweep.
     """
 
     at: jax.Array
@@ -41,9 +42,9 @@ class Schedule:
 
     Attributes:
       rows: int32 [chunks, width], the rows of each chunk; n for padding.
-      place: int32 [n], where each unknown stands in level order.
-      lower: entries left of the diagonal.
-      upper: entries right of it.
+      place: int32 [n], where each unknown stands in the order of the sweep.
+      lower: entries of earlier unknowns; in the natural order, those left of the diagonal.
+      upper: entries of later ones.
       offsets: the diagonals of a `DiaOperator`, None for an `EllOperator`; static.
     """
 
@@ -155,14 +156,18 @@ def _storage(A: DiaOperator | EllOperator) -> jax.Array:
     return jnp.concatenate([values.ravel() for values in A.values])
 
 
-def build(A: DiaOperator | EllOperator) -> Schedule:
-    """The schedule of a concrete square operator."""
+def build(A: DiaOperator | EllOperator, ordering: str) -> Schedule:
+    """The schedule of a concrete square operator, in the natural or a multicolour order."""
     n = A.shape[0]
     rows, columns, at, size = _entries(A)
-    # Levels of the symmetrised pattern serve the sweep back too, in reverse.
-    level = _levels(np.maximum(rows, columns), np.minimum(rows, columns), n)
+    # Levels and colours of the symmetrised pattern serve the sweep back too, in reverse.
+    later, earlier = np.maximum(rows, columns), np.minimum(rows, columns)
+    later, earlier = later[later != earlier], earlier[later != earlier]
+    level = _levels(later, earlier, n)
+    if ordering == "multicolour":
+        level = _colours(later, earlier, level)
     sizes = np.bincount(level)
-    left, right = columns < rows, columns > rows
+    left, right = level[columns] < level[rows], level[columns] > level[rows]
     deepest = max(1, *(np.bincount(rows[side], minlength=1).max() for side in (left, right)))
     width = _width(sizes, deepest)
     per_level = -(-sizes // width)
@@ -204,7 +209,6 @@ def _entries(A: DiaOperator | EllOperator) -> tuple[np.ndarray, np.ndarray, np.n
 
 def _levels(later: np.ndarray, earlier: np.ndarray, n: int) -> np.ndarray:
     """For each row the length of the longest chain of rows it waits for."""
-    later, earlier = later[later != earlier], earlier[later != earlier]
     order = np.argsort(earlier, kind="stable")
     later, counts = later[order], np.bincount(earlier, minlength=n)
     starts = np.cumsum(counts) - counts
@@ -220,9 +224,28 @@ def _levels(later: np.ndarray, earlier: np.ndarray, n: int) -> np.ndarray:
     return level
 
 
+def _colours(later: np.ndarray, earlier: np.ndarray, level: np.ndarray) -> np.ndarray:
+    """For each row, in the natural order, the least colour that no row before it with a common entry has.
+
+    Rows of a level have no common entry, so that they are coloured at once.
+    """
+    n = level.size
+    order = np.argsort(level[later], kind="stable")
+    later, earlier = later[order], earlier[order]
+    stops = np.cumsum(np.bincount(level[later], minlength=level.max(initial=0) + 1))
+    colour = np.zeros(n, np.int64)
+    for first, last in zip(stops[:-1], stops[1:], strict=True):
+        row, taken = np.divmod(np.unique(later[first:last] * n + colour[earlier[first:last]]), n)
+        starts = np.flatnonzero(np.diff(row, prepend=-1))
+        rank = np.arange(row.size) - np.repeat(starts, np.diff(starts, append=row.size))
+        # The colours taken, sorted, are 0, 1, .. up to the first gap.
+        colour[row[starts]] = np.add.reduceat(taken == rank, starts)
+    return colour
+
+
 def _width(sizes: np.ndarray, deepest: int) -> int:
-    """The width of a chunk, a power of two, that makes a sweep cheapest."""
-    options = 2 ** np.arange(int(sizes.max() - 1).bit_length() + 1)
+    """The width of a chunk, a power of two or the greatest size, that makes a sweep cheapest."""
+    options = np.append(2 ** np.arange(int(sizes.max() - 1).bit_length() + 1), sizes.max())
     chunks = (-(-sizes[None, :] // options[:, None])).sum(axis=1)
     return int(options[np.argmin(chunks * (_STEP + options * deepest))])
 
