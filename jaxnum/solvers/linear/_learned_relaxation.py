@@ -16,7 +16,7 @@ from jaxnum.core.solver import solve
 from jaxnum.solvers.linear import sweeps
 from jaxnum.solvers.linear._sor import sor
 from jaxnum.solvers.linear._tsallis_inf import Bandit, tsallis_inf
-from jaxnum.solvers.linear.sweeps import Schedule
+from jaxnum.solvers.linear.sweeps import Colours, Schedule
 from kernels_pallas import checks
 
 PyTree = Any
@@ -48,7 +48,7 @@ def learned_relaxation(
     omegas: jax.Array | None = None,
     bandit: Bandit | None = None,
     bandit_contexts: jax.Array | None = None,
-    schedule: Schedule | None = None,
+    schedule: Schedule | Colours | None = None,
     rtol: Any = None,
     max_steps: int = 10_000,
 ) -> LearnedRelaxation:

