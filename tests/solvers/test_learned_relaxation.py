@@ -43,12 +43,15 @@ def test_learns_what_it_solves(x64):
 
 def test_a_bad_relaxation_has_a_status_and_a_price():
     A = jnp.asarray(poisson(4).toarray(), jnp.float32)
-    make = lambda b: Linear(A, b)  # noqa: E731
-    run = learned_relaxation(make, jnp.ones((3, 16)), jax.random.key(0), omegas=jnp.array([1.9]), max_steps=5)
-    assert run.steps.tolist() == [5, 5, 5]
-    assert run.status.tolist() == [Status.max_steps] * 3
+    make = lambda shift: Linear(A + shift * jnp.eye(16), jnp.ones(16))  # noqa: E731
+    # The shift of the second leaves no diagonal.
+    shifts = jnp.asarray([0.0, -4.0, 0.0])
+    run = learned_relaxation(make, shifts, jax.random.key(0), omegas=jnp.array([1.9]), max_steps=5)
+    assert run.steps.tolist() == [5, 0, 5]
+    assert run.status.tolist() == [Status.max_steps, Status.breakdown, Status.max_steps]
+    assert float(run.bandit.seen) == 3 * (5 - 1)
     with pytest.raises(ValueError, match=r"learned_relaxation: `omegas` must be in \(0, 2\)"):
-        learned_relaxation(make, jnp.ones((3, 16)), jax.random.key(0), omegas=jnp.array([2.0]))
+        learned_relaxation(make, shifts, jax.random.key(0), omegas=jnp.array([2.0]))
 
 
 def test_looks_at_a_context(x64):

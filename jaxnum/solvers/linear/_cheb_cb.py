@@ -84,10 +84,8 @@ def cheb_cb(n_arms: int, low: float | jax.Array, high: float | jax.Array, *, deg
 
     Numerics: the past is kept as a triangular factor, not as moments, whose condition would be squared; the fits are
       those of all the past rounds to rounding. Among equally good fits the shortest is taken, 0 for an arm not drawn
-      yet, so that every arm is drawn early on.
-
-    The proof has eta without the factor q. On a thousand shifted Laplacians that draw cost 3.0 times as many steps as
-      the one above, which its authors use too: E is then small beside its bound.
+      yet, so that every arm is drawn early on. The proof of a regret has eta without the factor q, which is its
+      authors' too: on a thousand shifted Laplacians the draw without it cost 3.0 times as many steps.
 
     Source: Khodak, Chow, Balcan & Talwalkar, "Learning to Relax" (2024), arXiv 2310.02246, algorithm 2, and their
       programs, which take E from losses and predictions of unlike offsets and scales, leave out most arms' remainders,

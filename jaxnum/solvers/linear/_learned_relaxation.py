@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxnum.core.problems import Linear
 from jaxnum.core.solver import solve
+from jaxnum.core.status import Status
 from jaxnum.solvers.linear import sweeps
 from jaxnum.solvers.linear._sor import sor
 from jaxnum.solvers.linear._tsallis_inf import Bandit, tsallis_inf
@@ -72,7 +73,8 @@ def learned_relaxation(
       max_steps: Python int >= 1, limit of a solve, and so of what one bad omega may cost.
 
     Returns:
-      A `LearnedRelaxation`. A solve that did not converge says so in its status; its steps count as its loss.
+      A `LearnedRelaxation`. A solve that did not converge says so in its status, and its loss is max_steps, however
+      early it stopped.
 
     Raises:
       ValueError: omegas outside (0, 2), or a schedule missing or not wanted.
@@ -116,7 +118,9 @@ def learned_relaxation(
             adjoint="none",
             on_failure="return",
         )
-        return update(state, solution.steps), (solution.x, solution.steps, arm, solution.status)
+        # One that broke down at once was no cheap one.
+        loss = jnp.where(solution.status == Status.converged, solution.steps, max_steps)
+        return update(state, loss), (solution.x, solution.steps, arm, solution.status)
 
     state, outputs = jax.lax.scan(solved, init(), (jax.random.split(key, systems), contexts, seen))
     x, steps, arms, status = outputs
