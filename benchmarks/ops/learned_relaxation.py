@@ -125,7 +125,9 @@ def laplacians(name: str, beta: tuple[float, float]) -> dict[str, float]:
             figures = {f"steps_at_{omega:.1f}": np.mean(fixed(*inputs, omega)) for omega in OMEGAS[::4]}
             figures |= {"best_fixed_omega": OMEGAS[VALLEY][table.argmin()], "best_fixed_steps": table.min()}
     for rule, values in ratios.items():
-        figures |= {rule: np.mean(values), f"{rule}_least": min(values), f"{rule}_most": max(values)}
+        figures[rule] = np.mean(values)
+        if not rule.endswith("_late"):
+            figures |= {f"{rule}_least": min(values), f"{rule}_most": max(values)}
     return {f"{name}_{key}": float(value) for key, value in figures.items()}
 
 
