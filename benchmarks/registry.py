@@ -152,6 +152,7 @@ EXEMPT = {
     "sinkhorn_divergence": "three solves by sinkhorn, which has a row",
     "transnormer_block": "linear_attention, which has a row, between matrix products",
     "ssor": "two sweeps of sor, whose row counts its steps and those of cg with ssor_preconditioner",
+    "cheb_cb": "a small fit a round; the row of learned_relaxation says how well it chooses",
     "tsallis_inf": "a few numbers a round; the row of learned_relaxation says how well it chooses",
 }
 

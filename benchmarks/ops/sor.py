@@ -30,7 +30,8 @@ def run(params: Params):
     import jaxnum
 
     A = jaxnum.sparse_operator(matrix(params["n"]))
-    solver = jaxnum.solvers.sor(best(params["n"]), schedule=jaxnum.solvers.sor_schedule(A))
+    schedule = jaxnum.solvers.sor_schedule(A, ordering=params.get("ordering", "natural"))
+    solver = jaxnum.solvers.sor(best(params["n"]), schedule=schedule)
     return lambda b: jaxnum.linear_solve(A, b, solver=solver, rtol=RTOL).x
 
 
@@ -63,13 +64,16 @@ def error(output, truth) -> float:
 
 
 def steps() -> dict[str, float]:
-    """Steps to 1e-8 by conjugate gradients with and without SSOR, and by sor and ssor alone."""
+    """Steps to 1e-8 by conjugate gradients with and without SSOR, and by sor and ssor alone, in both orders."""
     import jaxnum
 
     n = SHAPE["n"]
     A, b, omega = jaxnum.sparse_operator(matrix(n)), jnp.ones(n * n), best(n)
     schedule = jaxnum.solvers.sor_schedule(A)
+    colours = jaxnum.solvers.sor_schedule(A, ordering="multicolour")
     M = jaxnum.solvers.ssor_preconditioner(A, omega, schedule=schedule)
+    # Red and black, the preconditioner is best without relaxation.
+    red_black = jaxnum.solvers.ssor_preconditioner(A, 1.0, schedule=colours)
 
     def count(**options):
         return float(jaxnum.linear_solve(A, b, rtol=1e-8, **options).steps)
@@ -77,7 +81,9 @@ def steps() -> dict[str, float]:
     figures = {
         "cg": count(),
         "ssor_cg": count(preconditioner=M),
+        "ssor_cg_multicolour": count(preconditioner=red_black),
         "sor": count(solver=jaxnum.solvers.sor(omega, schedule=schedule)),
+        "sor_multicolour": count(solver=jaxnum.solvers.sor(omega, schedule=colours)),
         "ssor": count(solver=jaxnum.solvers.ssor(omega, schedule=schedule)),
     }
     return figures | {"cg_over_ssor_cg": figures["cg"] / figures["ssor_cg"]}
@@ -87,7 +93,7 @@ register(
     Row(
         name="sor",
         covers=("sor", "sor_schedule", "ssor", "ssor_preconditioner"),
-        shapes={"poisson_64": SHAPE},
+        shapes={"poisson_64": SHAPE, "poisson_64_multicolour": SHAPE | {"ordering": "multicolour"}},
         make=make,
         run=run,
         reference=reference,

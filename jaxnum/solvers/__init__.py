@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jaxnum.solvers.fixed_point._halpern import halpern as halpern
     from jaxnum.solvers.fixed_point._picard import picard as picard
     from jaxnum.solvers.linear._cg import cg as cg
+    from jaxnum.solvers.linear._cheb_cb import cheb_cb as cheb_cb
     from jaxnum.solvers.linear._dcdm import dcdm as dcdm
     from jaxnum.solvers.linear._dcdm import dcdm_loss as dcdm_loss
     from jaxnum.solvers.linear._dcdm_network import dcdm_network as dcdm_network
@@ -70,6 +71,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         ".fixed_point._halpern": ("halpern",),
         ".fixed_point._picard": ("picard",),
         ".linear._cg": ("cg",),
+        ".linear._cheb_cb": ("cheb_cb",),
         ".linear._dcdm": ("dcdm", "dcdm_loss"),
         ".linear._dcdm_network": ("dcdm_network", "init_dcdm_network", "linear_dcdm_network"),
         ".linear._gcro_dr": ("gcro_dr",),

@@ -1,5 +1,7 @@
 """A learned relaxation: the solves are those of sor, and the choice beats chance on a small Laplacian."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 import jaxnum
 from jaxnum import Linear, Status
-from jaxnum.solvers import learned_relaxation, sor, sor_schedule
+from jaxnum.solvers import cheb_cb, learned_relaxation, sor, sor_schedule
 from tests.solvers.test_sor import poisson
 
 SYSTEMS, OMEGAS = 200, jnp.linspace(1, 1.9, 7)
@@ -41,9 +43,29 @@ def test_learns_what_it_solves(x64):
 
 def test_a_bad_relaxation_has_a_status_and_a_price():
     A = jnp.asarray(poisson(4).toarray(), jnp.float32)
-    make = lambda b: Linear(A, b)  # noqa: E731
-    run = learned_relaxation(make, jnp.ones((3, 16)), jax.random.key(0), omegas=jnp.array([1.9]), max_steps=5)
-    assert run.steps.tolist() == [5, 5, 5]
-    assert run.status.tolist() == [Status.max_steps] * 3
+    make = lambda shift: Linear(A + shift * jnp.eye(16), jnp.ones(16))  # noqa: E731
+    # The shift of the second leaves no diagonal.
+    shifts = jnp.asarray([0.0, -4.0, 0.0])
+    run = learned_relaxation(make, shifts, jax.random.key(0), omegas=jnp.array([1.9]), max_steps=5)
+    assert run.steps.tolist() == [5, 0, 5]
+    assert run.status.tolist() == [Status.max_steps, Status.breakdown, Status.max_steps]
+    assert float(run.bandit.seen) == 3 * (5 - 1)
     with pytest.raises(ValueError, match=r"learned_relaxation: `omegas` must be in \(0, 2\)"):
-        learned_relaxation(make, jnp.ones((3, 16)), jax.random.key(0), omegas=jnp.array([2.0]))
+        learned_relaxation(make, shifts, jax.random.key(0), omegas=jnp.array([2.0]))
+
+
+def test_looks_at_a_context(x64):
+    """Of shifted matrices it learns another omega for each shift, and passes the best fixed one."""
+    A, grid = jnp.asarray(poisson(4).toarray()), jnp.asarray([1.05, 1.3, 1.6])
+    shifts = -0.7 + 2 * jax.random.uniform(jax.random.key(0), (SYSTEMS,)) ** 2
+    make = lambda shift: Linear(A + shift * jnp.eye(16), jnp.ones(16))  # noqa: E731
+    run = partial(learned_relaxation, make, shifts, jax.random.key(1), rtol=1e-8)
+    ours = run(omegas=grid, bandit=cheb_cb(3, -0.7, 1.3), bandit_contexts=shifts)
+    assert np.all(np.asarray(ours.status) == Status.converged)
+    second = slice(SYSTEMS // 2, None)
+    fixed = jax.vmap(lambda omega: run(omegas=omega[None]).steps)(grid)
+    assert float(jnp.mean(ours.steps[second])) < float(jnp.min(jnp.mean(fixed[:, second], axis=1)))
+    with pytest.raises(ValueError, match="learned_relaxation: `bandit_contexts` must have shape"):
+        run(bandit=cheb_cb(20, -0.7, 1.3), bandit_contexts=shifts[1:])
+    with pytest.raises(ValueError, match="tsallis_inf: `context` must be left out"):
+        run(bandit_contexts=shifts)

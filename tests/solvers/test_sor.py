@@ -14,6 +14,7 @@ import jaxnum
 from jaxnum import Linear, Status
 from jaxnum.core.loops import begin
 from jaxnum.solvers import sor, sor_schedule
+from jaxnum.solvers.linear.sweeps import Colours, Schedule
 from tests.tolerances import tolerance
 
 
@@ -58,6 +59,37 @@ def test_iterates_equal_scipy(make, x64):
         np.testing.assert_allclose(got, np.stack(want), atol=tolerance("float64", b.size, condition=10))
 
 
+def by_colour(dense):
+    """The unknowns sorted by greedy colours, found one by one."""
+    coupled, colours = (dense != 0) | (dense.T != 0), []
+    for i in range(len(dense)):
+        taken = {colours[j] for j in range(i) if coupled[i, j]}
+        colours.append(min(set(range(len(taken) + 1)) - taken))
+    return np.argsort(colours, kind="stable"), max(colours) + 1
+
+
+@pytest.mark.parametrize("make", [lambda: poisson(6), scattered], ids=["dia", "ell"])
+def test_multicolour_is_the_natural_order_of_the_permuted_matrix(make, x64):
+    A, omega = make(), 1.3
+    order, colours = by_colour(A.toarray())
+    sorted_, b = A.toarray()[np.ix_(order, order)], np.random.default_rng(1).normal(size=A.shape[0])
+    M = np.diag(np.diag(sorted_)) / omega + np.tril(sorted_, -1)
+    x, want = np.zeros_like(b), []
+    for _ in range(4):
+        x = x + scipy.linalg.solve_triangular(M, b[order] - sorted_ @ x, lower=True)
+        want.append(x)
+    ours = jaxnum.sparse_operator(A)
+    schedule = sor_schedule(ours, ordering="multicolour")
+    got = iterates(sor(omega, schedule=schedule), ours, jnp.asarray(b), 4)
+    np.testing.assert_allclose(got[:, order], np.stack(want), atol=tolerance("float64", b.size, condition=10))
+    if isinstance(schedule, Colours):
+        assert schedule.count == colours == 2
+        # Values where two rows of a colour meet are not those it was made for.
+        moved = dataclasses.replace(ours, diagonals=jnp.ones_like(ours.diagonals))
+        solver = sor(schedule=schedule)
+        assert int(jaxnum.linear_solve(moved, b, solver=solver, on_failure="return").status) == Status.breakdown
+
+
 def test_spectral_radius_at_the_optimum(x64):
     """It is omega - 1, of a consistently ordered matrix; the error after one step from 0 is the iteration matrix's."""
     n = 6
@@ -72,6 +104,7 @@ def test_spectral_radius_at_the_optimum(x64):
 
 def test_levels_of_a_grid_are_its_antidiagonals():
     schedule = sor_schedule(poisson(8))
+    assert isinstance(schedule, Schedule)
     level = np.asarray(schedule.place) // schedule.rows.shape[1]
     i, j = np.divmod(np.arange(64), 8)
     np.testing.assert_array_equal(level, i + j)
@@ -126,3 +159,5 @@ def test_arguments_that_do_not_fit():
         jaxnum.linear_solve(jnp.eye(4), b, preconditioner=jnp.eye(4), solver=sor())
     with pytest.raises(TypeError, match="sor_schedule: `A` must be a sparse matrix; got"):
         sor_schedule(jnp.eye(4))
+    with pytest.raises(ValueError, match="sor_schedule: `ordering` must be one of 'natural', 'multicolour'; got 'red'"):
+        sor_schedule(sp.eye(4), ordering="red")

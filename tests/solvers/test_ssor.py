@@ -9,7 +9,7 @@ import scipy.sparse.linalg as spla
 
 import jaxnum
 from jaxnum.solvers import sor_schedule, ssor, ssor_preconditioner
-from tests.solvers.test_sor import iterates, poisson, scattered
+from tests.solvers.test_sor import by_colour, iterates, poisson, scattered
 from tests.tolerances import tolerance
 
 
@@ -42,6 +42,14 @@ def test_iterates_and_preconditioner_equal_scipy(make, x64):
         image, transposed = both_ways(matrix, jnp.asarray(b), omega, schedule)
         np.testing.assert_allclose(image, M @ b, atol=atol)
         np.testing.assert_allclose(transposed, M.T @ b, atol=atol)
+    # Colour by colour it is that of the permuted matrix.
+    order, _ = by_colour(dense)
+    permuted = np.zeros_like(dense)
+    permuted[np.ix_(order, order)] = inverse(dense[np.ix_(order, order)], omega)
+    schedule = sor_schedule(A, ordering="multicolour")
+    image, transposed = both_ways(jaxnum.sparse_operator(A), jnp.asarray(b), omega, schedule)
+    np.testing.assert_allclose(image, permuted @ b, atol=atol)
+    np.testing.assert_allclose(transposed, permuted.T @ b, atol=atol)
 
 
 def test_preconditioned_cg_needs_a_third_of_the_steps(x64):

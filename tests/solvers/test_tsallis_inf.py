@@ -47,6 +47,35 @@ def test_regret_on_a_bernoulli_bandit():
     assert 2 * regret.mean() < T * float(jnp.mean(means) - means[0])
 
 
-def test_arms_must_be_counted():
+def test_bins_are_bandits_of_their_own():
+    """Rounds in the bins 2, 0, 2 of a bandit with bins are the rounds of two bandits."""
+    init, sample, update = tsallis_inf(3, context_bins=jnp.asarray([-1.0, 0.5]))
+    plain_init, plain_sample, plain_update = tsallis_inf(3)
+
+    @jax.jit
+    def both():
+        state, alone, arms = init(), [plain_init()] * 3, []
+        for k, (context, bin, loss) in enumerate(((0.5, 2, 4.0), (-3.0, 0, 9.0), (8.0, 2, 2.0))):
+            arm, state = sample(state, jax.random.key(k), context)
+            same, alone[bin] = plain_sample(alone[bin], jax.random.key(k))
+            state, alone[bin] = update(state, loss), plain_update(alone[bin], loss)
+            arms.append((arm, same))
+        return arms, state.bandits, jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone)
+
+    arms, ours, want = both()
+    assert all(int(arm) == int(same) for arm, same in arms)
+    rtol = tolerance("float32", 3)
+    jax.tree.map(lambda mine, theirs: np.testing.assert_allclose(mine, theirs, rtol=rtol), ours, want)
+
+
+def test_arguments_that_do_not_fit():
     with pytest.raises(ValueError, match="tsallis_inf: `n_arms` must be a Python int >= 1; got 0"):
         tsallis_inf(0)
+    with pytest.raises(ValueError, match="tsallis_inf: `context_bins` must increase"):
+        tsallis_inf(2, context_bins=jnp.asarray([1.0, 0.0]))
+    init, sample, _ = tsallis_inf(2)
+    with pytest.raises(ValueError, match="tsallis_inf: `context` must be left out; got one"):
+        sample(init(), jax.random.key(0), 0.5)
+    init, sample, _ = tsallis_inf(2, context_bins=jnp.asarray([0.0]))
+    with pytest.raises(ValueError, match="tsallis_inf: `context` must be given; got None"):
+        sample(init(), jax.random.key(0))

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 
 from jaxnum.core.problems import Linear
 from jaxnum.core.solver import solve
+from jaxnum.core.status import Status
 from jaxnum.solvers.linear import sweeps
 from jaxnum.solvers.linear._sor import sor
 from jaxnum.solvers.linear._tsallis_inf import Bandit, tsallis_inf
-from jaxnum.solvers.linear.sweeps import Schedule
+from jaxnum.solvers.linear.sweeps import Colours, Schedule
 from kernels_pallas import checks
 
 PyTree = Any
@@ -47,7 +48,8 @@ def learned_relaxation(
     *,
     omegas: jax.Array | None = None,
     bandit: Bandit | None = None,
-    schedule: Schedule | None = None,
+    bandit_contexts: jax.Array | None = None,
+    schedule: Schedule | Colours | None = None,
     rtol: Any = None,
     max_steps: int = 10_000,
 ) -> LearnedRelaxation:
@@ -55,7 +57,8 @@ def learned_relaxation(
 
     The bandit draws one of the omegas for each system and is told how many steps the solve took, no more: neither a
     spectral radius nor a derivative. With `tsallis_inf` the mean steps approach those of the best fixed omega of the
-    grid as O(sqrt(arms / systems)).
+    grid as O(sqrt(arms / systems)). With `cheb_cb`, or `tsallis_inf` with `context_bins`, and a number known of each
+    system before it is solved, such as a shift or a diffusivity, they may fall below.
 
     Args:
       make_problem: `make_problem(context)` -> `Linear` whose A is an array [n, n], or an operator of
@@ -64,12 +67,14 @@ def learned_relaxation(
       key: typed PRNG key.
       omegas: real [arms], each in (0, 2). Default: 20 from 1 to 1.95, evenly.
       bandit: default `tsallis_inf(arms)`; any three functions of its kind.
+      bandit_contexts: real [systems], what a contextual bandit looks at before it draws; None for one that does not.
       schedule: `sor_schedule(A)` for a sparse A, which all systems share.
       rtol: see `jaxnum.solve`.
       max_steps: Python int >= 1, limit of a solve, and so of what one bad omega may cost.
 
     Returns:
-      A `LearnedRelaxation`. A solve that did not converge says so in its status; its steps count as its loss.
+      A `LearnedRelaxation`. A solve that did not converge says so in its status, and its loss is max_steps, however
+      early it stopped.
 
     Raises:
       ValueError: omegas outside (0, 2), or a schedule missing or not wanted.
@@ -95,10 +100,14 @@ def learned_relaxation(
     checks.shape("learned_relaxation", omegas=(omegas, "arms"))
     sweeps.check_relaxation("learned_relaxation", omegas, "omegas")
     init, sample, update = tsallis_inf(omegas.size) if bandit is None else bandit
+    seen = () if bandit_contexts is None else (jnp.asarray(bandit_contexts),)
+    systems = jnp.shape(jax.tree.leaves(contexts)[0])[0]
+    for array in seen:
+        checks.shape("learned_relaxation", bandit_contexts=(array, f"{systems}"))
 
     def solved(state: PyTree, inputs: tuple) -> tuple[PyTree, tuple]:
-        key, context = inputs
-        arm, state = sample(state, key)
+        key, context, seen = inputs
+        arm, state = sample(state, key, *seen)
         problem = make_problem(context)
         solution = solve(
             sor(omegas[arm], schedule=schedule),
@@ -109,9 +118,10 @@ def learned_relaxation(
             adjoint="none",
             on_failure="return",
         )
-        return update(state, solution.steps), (solution.x, solution.steps, arm, solution.status)
+        # One that broke down at once was no cheap one.
+        loss = jnp.where(solution.status == Status.converged, solution.steps, max_steps)
+        return update(state, loss), (solution.x, solution.steps, arm, solution.status)
 
-    keys = jax.random.split(key, jnp.shape(jax.tree.leaves(contexts)[0])[0])
-    state, outputs = jax.lax.scan(solved, init(), (keys, contexts))
+    state, outputs = jax.lax.scan(solved, init(), (jax.random.split(key, systems), contexts, seen))
     x, steps, arms, status = outputs
     return LearnedRelaxation(x, steps, arms, status, state)

@@ -18,7 +18,7 @@ from jaxnum.core.problems import Linear
 from jaxnum.core.solver import Solver
 from jaxnum.solvers.linear import _sor, sweeps
 from jaxnum.solvers.linear._sor import SorHyper, SorState
-from jaxnum.solvers.linear.sweeps import Schedule, Split
+from jaxnum.solvers.linear.sweeps import Colours, Schedule, Split
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["parts", "omega"], meta_fields=[])
@@ -47,7 +47,7 @@ class SsorOperator(Operator):
         return (2 - omega) / omega * sweeps.backward(self.parts, half)
 
 
-def ssor(omega: float | jax.Array = 1.0, *, schedule: Schedule | None = None) -> Solver:
+def ssor(omega: float | jax.Array = 1.0, *, schedule: Schedule | Colours | None = None) -> Solver:
     """Symmetric successive over-relaxation: x += M (b - A x), M the map of `ssor_preconditioner`.
 
     Each step is one `sor` sweep forth and one back. Converges for omega in (0, 2) when A is symmetric (Hermitian)
@@ -87,7 +87,9 @@ def ssor(omega: float | jax.Array = 1.0, *, schedule: Schedule | None = None) ->
     )
 
 
-def ssor_preconditioner(A: Any, omega: float | jax.Array = 1.0, *, schedule: Schedule | None = None) -> SsorOperator:
+def ssor_preconditioner(
+    A: Any, omega: float | jax.Array = 1.0, *, schedule: Schedule | Colours | None = None
+) -> SsorOperator:
     """The SSOR approximation of the inverse of A, for `preconditioner=` of `linear_solve`.
 
     M = (2 - omega) / omega (D / omega + U)^-1 D (D / omega + L)^-1, A = D + L + U: symmetric positive definite when A

@@ -1,7 +1,9 @@
-"""Triangular sweeps in the natural order of the unknowns: by LAPACK when A is dense, level by level when it is sparse.
+"""Triangular sweeps: by LAPACK when A is dense; level by level, or colour by colour, when it is sparse.
 
-Row i of a triangular solve waits for the rows it reads. Rows that wait for equally many others form a level and are
-solved at once; the host finds the levels from the pattern, and one scan runs over chunks of them, all of one width.
+Row i of a triangular solve waits for the rows it reads. In the natural order rows that wait for equally many others
+form a level and are solved at once; in a multicolour order, rows of one colour, none of which reads another. The host
+finds either from the pattern. One scan runs over chunks of them, all of one width; a colour of a matrix of diagonals is
+one product with it instead, which looks nothing up.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class Triangle(NamedTuple):
 
     Attributes:
       at: where the entry stands in the operator's storage; one past its end for padding.
-      reads: which unknown it multiplies, in level order.
+      reads: which unknown it multiplies, in the order of the sweep.
     """
 
     at: jax.Array
@@ -41,9 +43,9 @@ class Schedule:
 
     Attributes:
       rows: int32 [chunks, width], the rows of each chunk; n for padding.
-      place: int32 [n], where each unknown stands in level order.
-      lower: entries left of the diagonal.
-      upper: entries right of it.
+      place: int32 [n], where each unknown stands in the order of the sweep.
+      lower: entries of earlier unknowns; in the natural order, those left of the diagonal.
+      upper: entries of later ones.
       offsets: the diagonals of a `DiaOperator`, None for an `EllOperator`; static.
     """
 
@@ -54,23 +56,39 @@ class Schedule:
     offsets: tuple[int, ...] | None
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["colour"], meta_fields=["count", "offsets"])
+@dataclass(frozen=True)
+class Colours:
+    """Which rows of a matrix of diagonals are solved together.
+
+    Attributes:
+      colour: int32 [n], the colour of each row.
+      count: how many colours there are; static.
+      offsets: the diagonals; static.
+    """
+
+    colour: jax.Array
+    count: int
+    offsets: tuple[int, ...]
+
+
 class Split(NamedTuple):
     """A as D / omega + L + U, ready for sweeps.
 
     Attributes:
       diagonal: D, [n].
-      scaled: D / omega, in chunks when A is sparse.
-      lower: for dense A the matrix D / omega + L + U; else the values of L in chunks.
-      upper: for dense A None; else the values of U in chunks.
+      scaled: D / omega, in chunks when there is a `Schedule`.
+      lower: for dense A the matrix D / omega + L + U; with a `Schedule` the values of L in chunks; with `Colours` A.
+      upper: with a `Schedule` the values of U in chunks; else None.
       schedule: None for dense A.
       broken: whether a diagonal entry is zero, or A has entries that the schedule does not know.
     """
 
     diagonal: jax.Array
     scaled: jax.Array
-    lower: jax.Array
+    lower: Any
     upper: jax.Array | None
-    schedule: Schedule | None
+    schedule: Schedule | Colours | None
     broken: jax.Array
 
 
@@ -81,7 +99,7 @@ def check_relaxation(function: str, omega: Any, argument: str = "omega") -> None
         checks.value(function, argument, inside, "be in (0, 2)", omega, "Outside no start converges.")
 
 
-def check_matrix(function: str, A: Any, schedule: Schedule | None) -> None:
+def check_matrix(function: str, A: Any, schedule: Schedule | Colours | None) -> None:
     """A must show its entries, and come with a schedule when it is sparse."""
     sparse = isinstance(A, (DiaOperator, EllOperator))
     remedy = "A sweep reads entries of A, which a function does not show; use jaxnum.solvers.cg()."
@@ -90,14 +108,15 @@ def check_matrix(function: str, A: Any, schedule: Schedule | None) -> None:
     remedy = "Give schedule=jaxnum.solvers.sor_schedule(A)."
     checks.value(function, "schedule", not sparse or schedule is not None, "be given for a sparse A", None, remedy)
     if sparse and schedule is not None:
-        fits = schedule.offsets == getattr(A, "offsets", None) and schedule.place.shape[0] == A.shape[0]
+        unknowns = schedule.colour if isinstance(schedule, Colours) else schedule.place
+        fits = schedule.offsets == getattr(A, "offsets", None) and unknowns.shape[0] == A.shape[0]
         remedy = "Make it from the operator that is solved with."
         checks.value(function, "schedule", fits, "be made for the format and size of A", "another's", remedy)
     remedy = "Leave it out."
     checks.value(function, "schedule", sparse or schedule is None, "be None for a dense A", "a schedule", remedy)
 
 
-def split(A: Any, omega: jax.Array, schedule: Schedule | None) -> Split:
+def split(A: Any, omega: jax.Array, schedule: Schedule | Colours | None) -> Split:
     """The parts of A, D divided by omega."""
     diagonal = jnp.diagonal(A) if schedule is None else A.diagonal()
     omega = omega.astype(jnp.finfo(diagonal.dtype).dtype)
@@ -106,6 +125,12 @@ def split(A: Any, omega: jax.Array, schedule: Schedule | None) -> Split:
         # One matrix serves both solves: each reads its own triangle.
         both = A + jnp.diag((1 / omega - 1) * diagonal)
         return Split(diagonal, diagonal / omega, both, None, None, broken)
+    if isinstance(schedule, Colours):
+        for row, k in zip(A.diagonals, schedule.offsets, strict=True):
+            # What wraps around multiplies a zero.
+            same = schedule.colour == jnp.roll(schedule.colour, -k)
+            broken = broken | ((k != 0) & jnp.any((row != 0) & same))
+        return Split(diagonal, diagonal / omega, A, None, schedule, broken)
     storage = jnp.append(_storage(A), jnp.zeros((), A.dtype))
     lower, upper = storage[schedule.lower.at], storage[schedule.upper.at]
     seen = sum(jnp.count_nonzero(part) for part in (lower, upper, diagonal))
@@ -121,20 +146,36 @@ def split(A: Any, omega: jax.Array, schedule: Schedule | None) -> Split:
 
 def forward(parts: Split, r: jax.Array) -> jax.Array:
     """(D / omega + L)^-1 r."""
-    if parts.schedule is None:
-        return jax.scipy.linalg.solve_triangular(parts.lower, r, lower=True)
-    return _sweep(parts.schedule, parts.schedule.lower.reads, parts.lower, parts.scaled, r, reverse=False)
+    return _solve(parts, r, reverse=False)
 
 
 def backward(parts: Split, r: jax.Array) -> jax.Array:
     """(D / omega + U)^-1 r."""
-    if parts.schedule is None or parts.upper is None:
-        return jax.scipy.linalg.solve_triangular(parts.lower, r, lower=False)
-    return _sweep(parts.schedule, parts.schedule.upper.reads, parts.upper, parts.scaled, r, reverse=True)
+    return _solve(parts, r, reverse=True)
+
+
+def _solve(parts: Split, r: jax.Array, *, reverse: bool) -> jax.Array:
+    schedule = parts.schedule
+    if schedule is None:
+        return jax.scipy.linalg.solve_triangular(parts.lower, r, lower=not reverse)
+    if isinstance(schedule, Colours):
+        return _coloured(schedule, parts.lower, parts.scaled, r, reverse=reverse)
+    triangle, values = (schedule.upper, parts.upper) if reverse else (schedule.lower, parts.lower)
+    return _sweep(schedule, triangle.reads, values, parts.scaled, r, reverse=reverse)
+
+
+def _coloured(colours: Colours, A: DiaOperator, scaled: jax.Array, r: jax.Array, *, reverse: bool) -> jax.Array:
+    turn = colours.count - 1 - colours.colour if reverse else colours.colour
+
+    def solve(k: jax.Array, y: jax.Array) -> jax.Array:
+        # A's rows of this turn read no row of it, and rows of later turns are zero still.
+        return jnp.where(turn == k, (r - A.matvec(y)) / scaled, y)
+
+    return jax.lax.fori_loop(1, colours.count, solve, jnp.where(turn == 0, r / scaled, 0))
 
 
 def _sweep(
-    schedule: Schedule, reads: jax.Array, values: jax.Array, scaled: jax.Array, r: jax.Array, *, reverse: bool
+    schedule: Schedule, reads: jax.Array, values: Any, scaled: jax.Array, r: jax.Array, *, reverse: bool
 ) -> jax.Array:
     chunks, width = schedule.rows.shape
 
@@ -155,14 +196,20 @@ def _storage(A: DiaOperator | EllOperator) -> jax.Array:
     return jnp.concatenate([values.ravel() for values in A.values])
 
 
-def build(A: DiaOperator | EllOperator) -> Schedule:
-    """The schedule of a concrete square operator."""
+def build(A: DiaOperator | EllOperator, ordering: str) -> Schedule | Colours:
+    """The schedule of a concrete square operator, in the natural or a multicolour order."""
     n = A.shape[0]
     rows, columns, at, size = _entries(A)
-    # Levels of the symmetrised pattern serve the sweep back too, in reverse.
-    level = _levels(np.maximum(rows, columns), np.minimum(rows, columns), n)
+    # Levels and colours of the symmetrised pattern serve the sweep back too, in reverse.
+    later, earlier = np.maximum(rows, columns), np.minimum(rows, columns)
+    later, earlier = later[later != earlier], earlier[later != earlier]
+    level = _levels(later, earlier, n)
+    if ordering == "multicolour":
+        level = _colours(later, earlier, level)
+        if isinstance(A, DiaOperator):
+            return Colours(jnp.asarray(level, jnp.int32), int(level.max()) + 1, A.offsets)
     sizes = np.bincount(level)
-    left, right = columns < rows, columns > rows
+    left, right = level[columns] < level[rows], level[columns] > level[rows]
     deepest = max(1, *(np.bincount(rows[side], minlength=1).max() for side in (left, right)))
     width = _width(sizes, deepest)
     per_level = -(-sizes // width)
@@ -204,7 +251,6 @@ def _entries(A: DiaOperator | EllOperator) -> tuple[np.ndarray, np.ndarray, np.n
 
 def _levels(later: np.ndarray, earlier: np.ndarray, n: int) -> np.ndarray:
     """For each row the length of the longest chain of rows it waits for."""
-    later, earlier = later[later != earlier], earlier[later != earlier]
     order = np.argsort(earlier, kind="stable")
     later, counts = later[order], np.bincount(earlier, minlength=n)
     starts = np.cumsum(counts) - counts
@@ -220,9 +266,28 @@ def _levels(later: np.ndarray, earlier: np.ndarray, n: int) -> np.ndarray:
     return level
 
 
+def _colours(later: np.ndarray, earlier: np.ndarray, level: np.ndarray) -> np.ndarray:
+    """For each row, in the natural order, the least colour that no row before it with a common entry has.
+
+    Rows of a level have no common entry, so that they are coloured at once.
+    """
+    n = level.size
+    order = np.argsort(level[later], kind="stable")
+    later, earlier = later[order], earlier[order]
+    stops = np.cumsum(np.bincount(level[later], minlength=level.max(initial=0) + 1))
+    colour = np.zeros(n, np.int64)
+    for first, last in zip(stops[:-1], stops[1:], strict=True):
+        row, taken = np.divmod(np.unique(later[first:last] * n + colour[earlier[first:last]]), n)
+        starts = np.flatnonzero(np.diff(row, prepend=-1))
+        rank = np.arange(row.size) - np.repeat(starts, np.diff(starts, append=row.size))
+        # The colours taken, sorted, are 0, 1, .. up to the first gap.
+        colour[row[starts]] = np.add.reduceat(taken == rank, starts)
+    return colour
+
+
 def _width(sizes: np.ndarray, deepest: int) -> int:
-    """The width of a chunk, a power of two, that makes a sweep cheapest."""
-    options = 2 ** np.arange(int(sizes.max() - 1).bit_length() + 1)
+    """The width of a chunk, a power of two or the greatest size, that makes a sweep cheapest."""
+    options = np.append(2 ** np.arange(int(sizes.max() - 1).bit_length() + 1), sizes.max())
     chunks = (-(-sizes[None, :] // options[:, None])).sum(axis=1)
     return int(options[np.argmin(chunks * (_STEP + options * deepest))])
 
