@@ -180,7 +180,9 @@ def support():
 def marked(name):
     """The columns in which a name has a mark."""
     if name.room == "jaxnum.transforms":
-        members = [m for m in test_transforms.TRANSFORMS if m.factory.__name__.split("_")[0] == name.name]
+        members = [
+            m for m in test_transforms.TRANSFORMS if name.name in (m.factory.__name__, m.factory.__name__.split("_")[0])
+        ]
         members += [m for m in test_transforms.TRANSFORMS if name.name == f"scale_by_{m.factory.__name__}"]
         return shown(members, TRANSFORM, {check.__name__ for check in transform.CHECKS})
     if name.room == "kernels_pallas":
