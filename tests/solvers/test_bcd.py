@@ -139,7 +139,7 @@ def test_partitions():
         ({"update": "exact"}, "bcd: `update` must be one of 'newton'"),
         ({"block_size": 0}, "bcd: `block_size` must be a Python int >= 1; got 0. An empty block cannot move"),
         ({"selection": "gsl"}, "bcd: `lipschitz` must be given, or `hessian`, for 'gsl'"),
-        ({"update": "gradient"}, "bcd: `lipschitz` must be given"),
+        ({"identify_after": 0}, "bcd: `identify_after` must be None or a Python int >= 1; got 0"),
         ({"update": "matrix"}, "bcd: `hessian` must be given for 'gs' and 'matrix'"),
         ({"selection": "random"}, "bcd: `key` must be given for 'random'"),
         ({"blocks": np.array([[0, 1], [-1, -1]])}, r"bcd: `blocks` must have a coordinate in every block; got empty"),

@@ -20,6 +20,10 @@ class Block(NamedTuple):
         """Its entries of a vector, zero where none is meant."""
         return jnp.where(self.mask, vector[self.index], 0)
 
+    def put(self, vector: jax.Array, entries: jax.Array) -> jax.Array:
+        """The vector with these entries in place of its own."""
+        return vector.at[jnp.where(self.mask, self.index, vector.size)].set(entries, mode="drop")
+
     def matrix(self, H: jax.Array) -> jax.Array:
         """Its rows and columns of a matrix; see `padded`."""
         return self.padded(H[self.index][:, self.index])
@@ -36,18 +40,39 @@ class Block(NamedTuple):
         return jnp.zeros((size,), entries.dtype).at[self.index].add(jnp.where(self.mask, entries, 0))
 
 
+def promised(g: jax.Array, z: jax.Array, curvature: jax.Array, backward: Any, penalty: Any) -> jax.Array:
+    """The gradient of a smooth function that would promise each coordinate as much, up to sign.  [d]
+
+    A step d along coordinate i decreases g d + c d² / 2 + h(z + d) - h(z) by g² / 2 c where h = 0. Where h is known by
+    its resolvent alone, by c d² / 2 at least, because h is convex.
+
+    Args:
+      g: [d] gradient of the smooth part.
+      z: [d] the point.
+      curvature: [d] c > 0.
+      backward: the resolvent, of vectors (z, steps).
+      penalty: None, or the values h of a vector.
+    """
+    d = backward(z - g / curvature, 1 / curvature) - z
+    decrease = curvature * d**2 / 2
+    if penalty is not None:
+        # The difference is rounding when d is small; what convexity says is not.
+        decrease = jnp.maximum(decrease, penalty(z) - penalty(z + d) - g * d - decrease)
+    return jnp.sqrt(2 * curvature * decrease)
+
+
 def fixed(blocks: jax.Array) -> Block:
     """All fixed blocks [K, tau] as one Block with a leading axis."""
     return Block(jnp.maximum(blocks, 0), blocks >= 0)
 
 
-def choose_fixed(rule: str, blocks: jax.Array, g: jax.Array, bounds: Any, H: Any, count: jax.Array, key: Any) -> Block:
+def choose_fixed(rule: str, blocks: jax.Array, g: Any, bounds: Any, H: Any, count: jax.Array, key: Any) -> Block:
     """The fixed block of the largest score, the next one, or a random one.
 
     Args:
       rule: a selection of `bcd`.
       blocks: [K, tau] int32, -1 where a block is shorter.
-      g: [d] gradient.
+      g: [d] gradient, or None for a rule that ignores it.
       bounds: [d] what divides the squares, or None.
       H: [d, d] what measures the promised decrease, or None.
       count: [] int32 steps taken.
@@ -84,12 +109,12 @@ def block_bound(block: Block, bounds: Any, H: Any) -> jax.Array:
     return jnp.linalg.eigvalsh(jnp.where(both, H[block.index][:, block.index], 0))[-1]
 
 
-def choose_variable(rule: str, size: int, g: jax.Array, bounds: Any, H: Any, count: jax.Array, key: Any) -> Block:
-    """The `size` coordinates that score most, of all; see `choose_fixed`."""
+def choose_variable(rule: str, size: int, total: int, g: Any, bounds: Any, H: Any, count: jax.Array, key: Any) -> Block:
+    """The `size` coordinates that score most, of all `total`; see `choose_fixed`."""
     if rule == "cyclic":
-        index = (count * size + jnp.arange(size, dtype=jnp.int32)) % g.size
+        index = (count * size + jnp.arange(size, dtype=jnp.int32)) % total
     elif rule == "random":
-        index = jax.random.permutation(jax.random.fold_in(key, count), g.size)[:size].astype(jnp.int32)
+        index = jax.random.permutation(jax.random.fold_in(key, count), total)[:size].astype(jnp.int32)
     elif rule in ("gsq", "gsn"):
         index = thresholded(size, g, H)
     else:
