@@ -112,7 +112,7 @@ def rules() -> dict[str, float]:
 register(
     Row(
         name="bcd",
-        covers=("bcd", "bcd_partition"),
+        covers=("bcd",),
         shapes={"sparse_least_squares": {"n": N, "d": D, "tau": TAU}},
         make=make,
         run=run,

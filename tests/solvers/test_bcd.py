@@ -27,8 +27,8 @@ def quadratic(seed=0, n=30, d=D):
 
 def one_step(solver, f, x):
     problem = Minimize(f)
-    state = solver.init(solver.hyper, x, problem)
-    return solver.step(solver.hyper, x, state, problem)[0]
+    step = jax.jit(lambda x: solver.step(solver.hyper, x, solver.init(solver.hyper, x, problem), problem)[0])
+    return np.asarray(step(x))
 
 
 def by_hand(rule, g, H):
@@ -121,15 +121,6 @@ def test_scores_of_short_blocks_count_only_what_they_hold(x64):
     B = [4, 7]
     want = [g[jnp.array(B)] @ np.linalg.solve(H[np.ix_(B, B)], g[jnp.array(B)]), g[0] ** 2 / H[0, 0]]
     np.testing.assert_allclose(got, want, rtol=1e-12)
-
-
-def test_partitions():
-    L = np.array([1.0, 9.0, 2.0, 8.0, 3.0])
-    assert bcd_partition(L, 2).tolist() == [[1, 3], [4, 2], [0, -1]]
-    assert bcd_partition(L, 2, order="given").tolist() == [[0, 1], [2, 3], [4, -1]]
-    assert bcd_partition(L, 2, order="average").tolist() == [[1, 2], [3, 0], [4, -1]]
-    with pytest.raises(ValueError, match="bcd_partition: `block_size` must be a Python int >= 1; got 0"):
-        bcd_partition(L, 0)
 
 
 @pytest.mark.parametrize(

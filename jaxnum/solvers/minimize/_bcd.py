@@ -21,6 +21,7 @@ from jaxnum.curvature import hessian_product
 from jaxnum.solvers.minimize import active as identification
 from jaxnum.solvers.minimize import flat, updates
 from jaxnum.solvers.minimize import selection as rules
+from jaxnum.solvers.minimize._forest_solve import Forest
 from kernels_pallas import checks
 
 PyTree = Any
@@ -109,7 +110,9 @@ def bcd(
       block_size: tau, Python int >= 1, of variable blocks; more than there are unknowns means all of them, which is
         Newton's method. Ignored with `blocks`.
       blocks: None, or fixed blocks: int [K, tau] of coordinates in the order in which the leaves of x are raveled, -1
-        where a block is shorter. See `bcd_partition`. "cyclic" without blocks goes through them in order.
+        where a block is shorter (see `bcd_partition`); or forests in the graph of the Hessian, which "newton" solves
+        for exactly whatever their size (see `bcd_partition_forests`; "gs", "gsd", or rules that ignore the gradient).
+        "cyclic" without blocks goes through the coordinates in order.
       lipschitz: None, or [d] > 0 bounds of the second derivatives along the coordinates. With neither it nor `hessian`,
         "gradient" estimates them: from a low guess, the largest of the block is doubled until the step decreases f as
         it promises, and kept for each of its coordinates. "gs" suits these best: "gsl" visits every low guess first.
@@ -127,12 +130,14 @@ def bcd(
       is large enough.
 
     Raises:
-      ValueError: an unknown option, an option that the rule needs is missing, a block is empty, a coordinate is in no
-        block; at the solve, an option does not fit a problem with a resolvent, or one without.
+      ValueError: an unknown option, an option that the rule needs is missing, options that do not go together, a block
+        is empty, a coordinate is in no block; at the solve, an option does not fit a problem with a resolvent, or one
+        without.
       ShapeError, DtypeError: an array has the wrong shape or dtype; at the solve, one does not fit x.
 
     Cost: one gradient of f a step (f is any function, so a partial gradient costs no less), and for "newton" tau
-      Hessian products and a factorisation of tau³. "gsq" over variable blocks costs ten products with H, "gsn" d
+      Hessian products and a factorisation of tau³; of a forest three products, and as many turns of four short loops as
+      it has levels. "gsq" over variable blocks costs ten products with H, "gsn" d
       Hessian products. For a problem f(A x) with A [n, d] the image A x is kept: a step costs O(n tau) beside its one
       product with Aᵀ, and "cyclic" and "random" take only the rows that they need of that, so that with
       `check_every=d // tau` a pass over all blocks costs about one gradient. Estimating costs a gradient or two more.
@@ -175,51 +180,14 @@ def bcd(
         checks.shape("bcd", lipschitz=(lipschitz, "D"))
         lipschitz = jnp.asarray(lipschitz)
     coordinates = None
-    if blocks is not None:
-        blocks = _checked_blocks(blocks)
+    if isinstance(blocks, Forest):
+        coordinates = _check_forests(blocks, selection, update)
+    elif blocks is not None:
+        blocks = jnp.asarray(_checked_blocks(blocks))
         coordinates = int(blocks.max()) + 1
-        blocks = jnp.asarray(blocks)
     patience = None if identify_after is None else jnp.asarray(identify_after, jnp.int32)
     hyper = _Hyper(selection, update, block_size, coordinates, lipschitz, hessian, blocks, patience, key)
     return Solver(name="bcd", init=_init, step=_step, measure=_measure, problem=Minimize, hyper=hyper)
-
-
-def bcd_partition(lipschitz: Any, block_size: int, *, order: str = "sorted") -> np.ndarray:
-    """Fixed blocks for `bcd`, each coordinate in one.
-
-    Args:
-      lipschitz: [d] bounds of the second derivatives along the coordinates, concrete.
-      block_size: coordinates in a block, Python int >= 1; the last block may have fewer.
-      order: "sorted" puts large bounds with large ones, which the paper finds best; "average" deals them out like
-        cards; "given" leaves the coordinates where they are.
-
-    Returns:
-      int32 [K, block_size], -1 where the last block ends.
-
-    Raises:
-      ValueError: an unknown order, block_size below 1, no coordinates.
-      ShapeError: lipschitz is not one axis.
-
-    Cost: one sort on the host.
-
-    Source: Nutini, Laradji & Schmidt (2022), section 5.2.
-
-    Example:
-      >>> import numpy as np
-      >>> bcd_partition(np.array([1.0, 9.0, 2.0, 8.0]), 2).tolist()
-      [[1, 3], [2, 0]]
-    """
-    checks.choice("bcd_partition", "order", order, ("sorted", "average", "given"))
-    checks.shape("bcd_partition", lipschitz=(lipschitz, "D"))
-    ok = isinstance(block_size, int) and not isinstance(block_size, bool) and block_size >= 1
-    checks.value("bcd_partition", "block_size", ok, "be a Python int >= 1", block_size)
-    bounds = np.asarray(lipschitz)
-    checks.value("bcd_partition", "lipschitz", bounds.size > 0, "have at least one entry", bounds.size)
-    ranked = np.arange(bounds.size) if order == "given" else np.argsort(-bounds, kind="stable")
-    count = -(-bounds.size // block_size)
-    padded = np.full(count * block_size, -1, np.int32)
-    padded[: bounds.size] = ranked
-    return padded.reshape(block_size, count).T.copy() if order == "average" else padded.reshape(count, block_size)
 
 
 def _checked_blocks(blocks: Any) -> np.ndarray:
@@ -234,6 +202,20 @@ def _checked_blocks(blocks: Any) -> np.ndarray:
     twice = [i for i, row in enumerate(given) if len(set(row[row >= 0])) < np.sum(row >= 0)]
     checks.value("bcd", "blocks", not twice, "name a coordinate once in a block", f"it twice in blocks {twice[:5]}")
     return given.astype(np.int32)
+
+
+def _check_forests(forests: Forest, selection: str, update: str) -> int:
+    """How many coordinates there are."""
+    sizes = checks.shape(
+        "bcd", nodes=(forests.nodes, "K L W"), parents=(forests.parents, "K L W"), mask=(forests.mask, "K D")
+    )
+    everywhere = bool(np.asarray(forests.mask).any(axis=0).all())
+    checks.value("bcd", "blocks", everywhere, "cover every coordinate", "forests that leave some out")
+    checks.value("bcd", "update", update == "newton", "be 'newton' where the blocks are forests", update)
+    known = selection not in ("gsl", "gsq", "gsn")
+    remedy = "The others measure a block by a dense matrix."
+    checks.value("bcd", "selection", known, "be 'gs' or 'gsd' where the blocks are forests", selection, remedy)
+    return sizes["D"]
 
 
 def _init(hyper: _Hyper, x: PyTree, problem: Minimize) -> BCDState:
@@ -254,6 +236,8 @@ def _check_fit(hyper: _Hyper, size: int, problem: Minimize) -> None:
     whole = hyper.coordinates in (None, size)
     checks.value("bcd", "blocks", whole, f"hold the {size} entries of x", f"{hyper.coordinates} coordinates")
     smooth = problem.resolvent is None
+    solid = smooth or not isinstance(hyper.blocks, Forest)
+    checks.value("bcd", "blocks", solid, "be no forests for a problem with a resolvent", "forests")
     known = smooth or hyper.selection not in ("gsq", "gsn")
     wanted = "be 'gs', 'gsl' or 'gsd' for a problem with a resolvent"
     checks.value("bcd", "selection", known, wanted, hyper.selection, "These add up what each coordinate promises.")
@@ -276,13 +260,15 @@ def _lazy(hyper: _Hyper, problem: Minimize) -> bool:
 
 def _step(hyper: _Hyper, x: PyTree, state: BCDState, problem: Minimize) -> tuple[PyTree, BCDState]:
     z, tree = flat.flatten(x)
-    block = _choose(hyper, z, state, problem, tree)
+    block, number = _choose(hyper, z, state, problem, tree)
     g = state.gradient
     if g is None:
         g = block.spread(jnp.matmul(problem.A.T[block.index], jax.grad(problem.outer)(state.image)), z.size)
     here = updates.Here(problem, tree, z, g, state.image)
     bounds, mark, zero = state.bounds, state.mark, jnp.int32(0)
-    if hyper.update == "newton":
+    if isinstance(hyper.blocks, Forest):
+        target, found = updates.forest(here, block, jax.tree.map(lambda leaf: leaf[number], hyper.blocks))
+    elif hyper.update == "newton":
         target, found = updates.newton(here, block)
     elif hyper.update == "matrix":
         target, found = updates.matrix(here, block, _cast(hyper.hessian, z)), zero
@@ -352,12 +338,12 @@ def _curvature(hyper: _Hyper, state: BCDState, z: jax.Array) -> jax.Array:
     return jnp.ones_like(z) if bounds is None else jnp.where(bounds > 0, bounds, 1)
 
 
-def _choose(hyper: _Hyper, z: jax.Array, state: BCDState, problem: Minimize, tree: Any) -> rules.Block:
-    """The block of this step. A choice has no derivative, so nothing is differentiated."""
+def _choose(hyper: _Hyper, z: jax.Array, state: BCDState, problem: Minimize, tree: Any) -> tuple[rules.Block, Any]:
+    """The block of this step, and its number where blocks are fixed. No derivative goes through a choice."""
     z, state, problem = jax.lax.stop_gradient((z, state, problem))
     rule, H, g = hyper.selection, _cast(hyper.hessian, z), state.gradient
     bounds = _curvature(hyper, state, z)
-    size = min(hyper.block_size, z.size) if hyper.blocks is None else hyper.blocks.shape[1]
+    size = min(hyper.block_size, z.size) if hyper.blocks is None else rules.width(hyper.blocks)
     if rule == "gsn":
         product = hessian_product(flat.value(problem, tree), z)
         H = jax.vmap(product)(jnp.eye(z.size, dtype=z.dtype))
@@ -370,9 +356,11 @@ def _choose(hyper: _Hyper, z: jax.Array, state: BCDState, problem: Minimize, tre
         curvature = jnp.full_like(z, jnp.max(bounds)) if rule == "gs" else bounds
         penalty = None if problem.penalty is None else lambda v: flat.penalty(problem, v, tree)
         g = rules.promised(g, z, curvature, lambda v, t: flat.backward(problem, v, t, tree), penalty)
-    if hyper.blocks is not None:
-        return rules.choose_fixed(rule, hyper.blocks, g, bounds, H, state.count, hyper.key)
-    return rules.choose_variable(rule, size, z.size, g, bounds, H, state.count, hyper.key)
+    if hyper.blocks is None:
+        return rules.choose_variable(rule, size, z.size, g, bounds, H, state.count, hyper.key), None
+    blocks = rules.fixed(hyper.blocks)
+    number = rules.choose_fixed(rule, blocks, g, bounds, H, state.count, hyper.key)
+    return jax.tree.map(lambda leaf: leaf[number], blocks), number
 
 
 def _measure(hyper: _Hyper, x: PyTree, state: BCDState, problem: Minimize) -> Measure:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxnum.solvers.minimize._forest_solve import Forest
+
 _THRESHOLDINGS = 10
 
 
@@ -61,31 +63,37 @@ def promised(g: jax.Array, z: jax.Array, curvature: jax.Array, backward: Any, pe
     return jnp.sqrt(2 * curvature * decrease)
 
 
-def fixed(blocks: jax.Array) -> Block:
-    """All fixed blocks [K, tau] as one Block with a leading axis."""
+def fixed(blocks: Any) -> Block:
+    """All fixed blocks, [K, tau] int32 with -1 where one is shorter, or K forests, as one Block with a leading axis."""
+    if isinstance(blocks, Forest):
+        size = blocks.mask.shape[1]
+        return Block(jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), blocks.mask.shape), blocks.mask)
     return Block(jnp.maximum(blocks, 0), blocks >= 0)
 
 
-def choose_fixed(rule: str, blocks: jax.Array, g: Any, bounds: Any, H: Any, count: jax.Array, key: Any) -> Block:
-    """The fixed block of the largest score, the next one, or a random one.
+def width(blocks: Any) -> int:
+    """By how much the coordinates' bounds are raised to bound a block; of a forest, where one number suits all, 1."""
+    return 1 if isinstance(blocks, Forest) else blocks.shape[1]
+
+
+def choose_fixed(rule: str, blocks: Block, g: Any, bounds: Any, H: Any, count: jax.Array, key: Any) -> jax.Array:
+    """The number of the block with the largest score, the next one, or a random one.  []
 
     Args:
       rule: a selection of `bcd`.
-      blocks: [K, tau] int32, -1 where a block is shorter.
+      blocks: all of them, see `fixed`.
       g: [d] gradient, or None for a rule that ignores it.
       bounds: [d] what divides the squares, or None.
       H: [d, d] what measures the promised decrease, or None.
       count: [] int32 steps taken.
       key: typed key, or None.
     """
-    all_blocks, number = fixed(blocks), blocks.shape[0]
+    number = blocks.index.shape[0]
     if rule == "cyclic":
-        chosen = count % number
-    elif rule == "random":
-        chosen = jax.random.randint(jax.random.fold_in(key, count), (), 0, number, jnp.int32)
-    else:
-        chosen = jnp.argmax(scores(rule, all_blocks, g, bounds, H))
-    return Block(all_blocks.index[chosen], all_blocks.mask[chosen])
+        return count % number
+    if rule == "random":
+        return jax.random.randint(jax.random.fold_in(key, count), (), 0, number, jnp.int32)
+    return jnp.argmax(scores(rule, blocks, g, bounds, H))
 
 
 def scores(rule: str, blocks: Block, g: jax.Array, bounds: Any, H: Any) -> jax.Array:

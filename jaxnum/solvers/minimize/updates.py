@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxnum.core.status import Status
 from jaxnum.curvature import hessian_product
 from jaxnum.solvers.minimize import flat
+from jaxnum.solvers.minimize._forest_solve import Forest, forest_solve
 from jaxnum.solvers.minimize.selection import Block
 
 # Gauss-Seidel sweeps on the model of a block with a part that is not smooth.
@@ -81,9 +82,43 @@ def newton(here: Here, block: Block) -> tuple[jax.Array, jax.Array]:
     Returns:
       The new entries [tau], and a Status or 0.
     """
+    return _backtracked(here, block, _minimised(here, block, positive(_block_hessian(here, block))))
+
+
+def forest(here: Here, block: Block, trees: Forest) -> tuple[jax.Array, jax.Array]:
+    """As `newton` on a forest in the graph of the Hessian, by messages; the block holds every coordinate, masked.
+
+    Three Hessian products show all its entries, whatever its size: with the nodes at depths 0, 3, 6, ... as direction,
+    the neighbours of a node at depth 1, 4, ... that are in the direction are its parent, and a node in it has none
+    but itself; likewise for depths 1, 4, ... and 2, 5, ...
+    """
+    size, (levels, _) = here.z.size, trees.nodes.shape
+    depths = jnp.broadcast_to(jnp.arange(levels - 1, -1, -1, dtype=jnp.int32)[:, None], trees.nodes.shape)
+    colour = jnp.zeros((size,), jnp.int32).at[trees.nodes].set(depths % 3, mode="drop")
+    probes = (colour == jnp.arange(3)[:, None]) & trees.mask
+    product = hessian_product(flat.value(here.problem, here.tree), here.z)
+    rows = jax.vmap(product)(probes.astype(here.z.dtype))
+    each = jnp.arange(size)
+    diagonal, edges = rows[colour, each], rows[(colour + 2) % 3, each][jnp.minimum(trees.nodes, size - 1)]
+    rhs = -block.of(here.gradient)
+    definite = jnp.all(jnp.isfinite(forest_solve(trees, *jax.lax.stop_gradient((diagonal, edges, rhs)))))
+    step = forest_solve(trees, jnp.where(definite, diagonal, _dominant(trees, diagonal, edges)), edges, rhs)
+    return _backtracked(here, block, here.z + step)
+
+
+def _dominant(trees: Forest, diagonal: jax.Array, edges: jax.Array) -> jax.Array:
+    """A diagonal that makes any forest positive definite.  [d]"""
+    sizes = jnp.where(trees.parents < diagonal.size, jnp.abs(edges), 0)
+    rows = jnp.zeros_like(diagonal).at[trees.nodes].add(sizes, mode="drop").at[trees.parents].add(sizes, mode="drop")
+    dominant = jnp.maximum(jnp.abs(diagonal), rows)
+    largest = jnp.max(dominant)
+    return dominant + jnp.where(largest > 0, jnp.finfo(diagonal.dtype).eps ** 0.5 * largest, 1)
+
+
+def _backtracked(here: Here, block: Block, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """From the block's entries towards the target as far as the function decreases, and a Status or 0."""
     gb, zb = block.of(here.gradient), block.of(here.z)
-    target = _minimised(here, block, positive(_block_hessian(here, block)))
-    db = target - zb
+    db = jnp.where(block.mask, target - zb, 0)
     still, moving, step = here.frozen(), *jax.lax.stop_gradient((target, db))
     direction, change = still.shift(block, step), still.penalty(block.put(still.z, moving)) - still.penalty(still.z)
 
