@@ -27,8 +27,8 @@ def quadratic(seed=0, n=30, d=D):
 
 def one_step(solver, f, x):
     problem = Minimize(f)
-    step = jax.jit(lambda x: solver.step(solver.hyper, x, solver.init(solver.hyper, x, problem), problem)[0])
-    return np.asarray(step(x))
+    state = solver.init(solver.hyper, x, problem)
+    return solver.step(solver.hyper, x, state, problem)[0]
 
 
 def by_hand(rule, g, H):
