@@ -90,7 +90,7 @@ def test_the_coordinate_that_promises_most(valued, x64):
     d = np.sign(v) * np.maximum(np.abs(v) - ALPHA / L, 0) - x
     decrease = -(g * d + L / 2 * d**2 + ALPHA * (np.abs(x + d) - np.abs(x))) if valued else L / 2 * d**2
     penalty = (lambda z: ALPHA * jnp.abs(z)) if valued else None
-    like = rules.promised(g, jnp.asarray(x), jnp.asarray(L), resolvents.l1(ALPHA), penalty)
+    like = rules.promised(jnp.asarray(g), jnp.asarray(x), jnp.asarray(L), resolvents.l1(ALPHA), penalty)
     np.testing.assert_allclose(like**2 / (2 * L), decrease, rtol=1e-10)
     solver = bcd(selection="gsl", update="gradient", lipschitz=L, block_size=1)
     problem = Minimize(squares, (jnp.asarray(b),), resolvents.l1(ALPHA), penalty, jnp.asarray(A))
@@ -125,7 +125,7 @@ def test_the_support_is_identified_and_the_end_is_newtons(update, x64):
 
 
 def test_newton_steps_that_do_not_help_are_refused(x64):
-    """A kink of the gradient where Newton's method cycles: descent has the last word."""
+    """Far out, where they lead from one bound to the other: descent has the last word."""
     f = lambda x: jnp.sum(jnp.where(x > 0, 1.0, 0.5) * (jnp.sqrt(1 + x**2) - 1) * 9) - 0.2 * jnp.sum(x)  # noqa: E731
     problem = Minimize(f, resolvent=resolvents.box(-9.0, 9.0))
     solver = bcd(update="gradient", block_size=1, identify_after=1)
@@ -134,17 +134,12 @@ def test_newton_steps_that_do_not_help_are_refused(x64):
     np.testing.assert_allclose(solution.x, want, atol=1e-9)
 
 
-@pytest.mark.parametrize("penalised", [False, True])
-def test_estimated_constants_stay_below_twice_the_true_ones(penalised, x64):
+def test_estimated_constants_stay_below_twice_the_true_ones(x64):
     A, b = data(5)
-    problem = lasso(A, b) if penalised else Minimize(squares, (jnp.asarray(b),), A=jnp.asarray(A))
     solver = bcd(selection="gsl", update="gradient", block_size=1)
-    solution = jaxnum.solve(solver, jnp.zeros(D), problem, rtol=1e-9)
-    visited = solution.state.bounds > solution.state.bounds.min()
-    assert np.sum(visited) > 3
-    assert np.all(solution.state.bounds[visited] <= 2 * (A**2).sum(0)[visited] * (1 + 1e-9))
-    want = scikit_learn(A, b) if penalised else np.linalg.lstsq(A, b)[0]
-    np.testing.assert_allclose(solution.x, want, atol=1e-8)
+    solution = jaxnum.solve(solver, jnp.zeros(D), Minimize(squares, (jnp.asarray(b),), A=jnp.asarray(A)), rtol=1e-9)
+    assert np.all(solution.state.bounds <= 2 * (A**2).sum(0) * (1 + 1e-9))
+    np.testing.assert_allclose(solution.x, np.linalg.lstsq(A, b)[0], atol=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -152,9 +147,8 @@ def test_estimated_constants_stay_below_twice_the_true_ones(penalised, x64):
     [
         ({"selection": "cyclic", "update": "gradient", "hessian": True}, True),
         ({"selection": "random", "update": "newton"}, False),
-        ({"selection": "gsd", "update": "matrix", "hessian": True}, True),
     ],
-    ids=["cyclic", "random", "gsd"],
+    ids=["cyclic", "random"],
 )
 def test_keeping_the_image_changes_nothing_but_roundings(options, penalised, key, x64, monkeypatch):
     """A x moved by the columns of the block, computed anew at every seventh step, against f(A x) as a whole."""

@@ -14,9 +14,8 @@ from jaxnum.solvers import bcd, bcd_partition, bcd_partition_forests
 
 def grid(n):
     """The Laplacian of an n x n grid, and a little more on the diagonal."""
-    one = sp.diags_array([-1.0, 2.0, -1.0], offsets=[-1, 0, 1], shape=(n, n))
-    A = sp.kron(one, sp.eye_array(n)) + sp.kron(sp.eye_array(n), one)
-    return (A + 0.2 * sp.eye_array(n * n)).tocsr()
+    one = 2 * np.eye(n) - np.eye(n, k=1) - np.eye(n, k=-1)
+    return sp.csr_array(np.kron(one, np.eye(n)) + np.kron(np.eye(n), one) + 0.2 * np.eye(n * n))
 
 
 def test_blocks():

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxnum.core import trees
 from jaxnum.core.problems import Minimize
@@ -181,48 +180,20 @@ def bcd(
         lipschitz = jnp.asarray(lipschitz)
     coordinates = None
     if isinstance(blocks, Forest):
-        coordinates = _check_forests(blocks, selection, update)
+        coordinates = rules.check_forests(blocks, selection, update)
     elif blocks is not None:
-        blocks = jnp.asarray(_checked_blocks(blocks))
+        blocks = jnp.asarray(rules.checked(blocks))
         coordinates = int(blocks.max()) + 1
     patience = None if identify_after is None else jnp.asarray(identify_after, jnp.int32)
     hyper = _Hyper(selection, update, block_size, coordinates, lipschitz, hessian, blocks, patience, key)
     return Solver(name="bcd", init=_init, step=_step, measure=_measure, problem=Minimize, hyper=hyper)
 
 
-def _checked_blocks(blocks: Any) -> np.ndarray:
-    checks.shape("bcd", blocks=(blocks, "K T"))
-    given = np.asarray(blocks)
-    checks.dtype("bcd", "integer", blocks=given)
-    empty = [] if given.size else ["all"]
-    empty += np.flatnonzero((given < 0).all(axis=1)).tolist() if given.size else []
-    checks.value("bcd", "blocks", not empty, "have a coordinate in every block", f"empty blocks {empty[:5]}")
-    missing = sorted(set(range(given.max() + 1)) - set(given.ravel().tolist()))
-    checks.value("bcd", "blocks", not missing, "cover every coordinate", f"blocks without {missing[:5]}")
-    twice = [i for i, row in enumerate(given) if len(set(row[row >= 0])) < np.sum(row >= 0)]
-    checks.value("bcd", "blocks", not twice, "name a coordinate once in a block", f"it twice in blocks {twice[:5]}")
-    return given.astype(np.int32)
-
-
-def _check_forests(forests: Forest, selection: str, update: str) -> int:
-    """How many coordinates there are."""
-    sizes = checks.shape(
-        "bcd", nodes=(forests.nodes, "K L W"), parents=(forests.parents, "K L W"), mask=(forests.mask, "K D")
-    )
-    everywhere = bool(np.asarray(forests.mask).any(axis=0).all())
-    checks.value("bcd", "blocks", everywhere, "cover every coordinate", "forests that leave some out")
-    checks.value("bcd", "update", update == "newton", "be 'newton' where the blocks are forests", update)
-    known = selection not in ("gsl", "gsq", "gsn")
-    remedy = "The others measure a block by a dense matrix."
-    checks.value("bcd", "selection", known, "be 'gs' or 'gsd' where the blocks are forests", selection, remedy)
-    return sizes["D"]
-
-
 def _init(hyper: _Hyper, x: PyTree, problem: Minimize) -> BCDState:
     z, tree = flat.flatten(x)
     _check_fit(hyper, z.size, problem)
     image = problem.image(z) if problem.A is not None else None
-    here = updates.Here(problem, tree, z, flat.gradient(problem, z, tree), image)
+    here = updates.Here(problem, tree, z, flat.gradient(problem, z, tree, image), image)
     bounds = updates.first_guess(here) if _estimates(hyper) else None
     active = None if hyper.identify_after is None else identification.start(z.size, z.dtype)
     gradient = None if _lazy(hyper, problem) else here.gradient
@@ -263,7 +234,8 @@ def _step(hyper: _Hyper, x: PyTree, state: BCDState, problem: Minimize) -> tuple
     block, number = _choose(hyper, z, state, problem, tree)
     g = state.gradient
     if g is None:
-        g = block.spread(jnp.matmul(problem.A.T[block.index], jax.grad(problem.outer)(state.image)), z.size)
+        rows = problem.A.T[block.index]
+        g = block.spread(jnp.matmul(rows, jax.grad(problem.outer)(state.image), precision="highest"), z.size)
     here = updates.Here(problem, tree, z, g, state.image)
     bounds, mark, zero = state.bounds, state.mark, jnp.int32(0)
     if isinstance(hyper.blocks, Forest):
@@ -283,23 +255,16 @@ def _step(hyper: _Hyper, x: PyTree, state: BCDState, problem: Minimize) -> tuple
     z1 = block.put(z, target)
     mark = jnp.where(found != 0, found, mark)
     if state.active is None:
-        image = None if state.image is None else _image(here, block, z1, state.count)
-        g1 = None if state.gradient is None else _gradient(problem, tree, z1, image)
+        image = None if state.image is None else _moved_image(here, block, z1, state.count)
+        g1 = None if state.gradient is None else flat.gradient(problem, z1, tree, image)
         return tree(z1), BCDState(g1, image, bounds, None, state.count + 1, mark)
     return _identified(hyper, here, state, z1, bounds, mark)
 
 
-def _image(here: updates.Here, block: rules.Block, z1: jax.Array, count: jax.Array) -> jax.Array:
+def _moved_image(here: updates.Here, block: rules.Block, z1: jax.Array, count: jax.Array) -> jax.Array:
     """A z1, by the columns of the block; now and then as a whole, lest roundings add up."""
     tracked = here.image + here.shift(block, (z1 - here.z)[block.index])
     return jax.lax.cond((count + 1) % _RECOMPUTE == 0, lambda: here.problem.image(z1), lambda: tracked)
-
-
-def _gradient(problem: Minimize, tree: Any, z: jax.Array, image: Any) -> jax.Array:
-    """The gradient at z, from A z where that is known.  [d]"""
-    if image is None:
-        return flat.gradient(problem, z, tree)
-    return jnp.matmul(jax.grad(problem.outer)(image), problem.A, precision="highest")
 
 
 def _identified(
@@ -311,7 +276,7 @@ def _identified(
     tried = active.waited >= hyper.identify_after
     z1 = jnp.where(tried, identification.newton(problem, z, g, steps, tree, tried), z1)
     image = None if state.image is None else problem.image(z1)
-    g1 = _gradient(problem, tree, z1, image)
+    g1 = flat.gradient(problem, z1, tree, image)
     before, after = (flat.residual(problem, *pair, tree) for pair in ((z, g), (z1, g1)))
     taken = ~tried | identification.better(active, before, after)
     z1, g1, image = trees.where(taken, (z1, g1, image), (z, g, state.image))
@@ -365,6 +330,6 @@ def _choose(hyper: _Hyper, z: jax.Array, state: BCDState, problem: Minimize, tre
 
 def _measure(hyper: _Hyper, x: PyTree, state: BCDState, problem: Minimize) -> Measure:
     z, tree = flat.flatten(x)
-    g = _gradient(problem, tree, z, state.image) if state.gradient is None else state.gradient
+    g = flat.gradient(problem, z, tree, state.image) if state.gradient is None else state.gradient
     residual = flat.residual(problem, z, g, tree)
     return Measure(residual, jnp.ones_like(residual), state.mark)

@@ -32,9 +32,11 @@ def flatten(x: PyTree) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
     return vector, tree
 
 
-def gradient(problem: Any, z: jax.Array, tree: Callable[[jax.Array], PyTree]) -> jax.Array:
-    """The gradient of the problem's function at the tree of z.  [d]"""
-    return flatten(problem.gradient(tree(z)))[0].astype(z.dtype)
+def gradient(problem: Any, z: jax.Array, tree: Callable[[jax.Array], PyTree], image: Any = None) -> jax.Array:
+    """The gradient of the problem's function at the tree of z, from A z where that is known.  [d]"""
+    if image is None:
+        return flatten(problem.gradient(tree(z)))[0].astype(z.dtype)
+    return jnp.matmul(jax.grad(problem.outer)(image), problem.A, precision="highest")
 
 
 def backward(problem: Any, z: jax.Array, steps: jax.Array, tree: Callable[[jax.Array], PyTree]) -> jax.Array:

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxnum.solvers.minimize._forest_solve import Forest
+from kernels_pallas import checks
 
 _THRESHOLDINGS = 10
 
@@ -61,6 +63,35 @@ def promised(g: jax.Array, z: jax.Array, curvature: jax.Array, backward: Any, pe
         # The difference is rounding when d is small; what convexity says is not.
         decrease = jnp.maximum(decrease, penalty(z) - penalty(z + d) - g * d - decrease)
     return jnp.sqrt(2 * curvature * decrease)
+
+
+def checked(blocks: Any) -> np.ndarray:
+    """Fixed blocks of `bcd`, int32 [K, tau], or an error that says what is wrong with them."""
+    checks.shape("bcd", blocks=(blocks, "K T"))
+    given = np.asarray(blocks)
+    checks.dtype("bcd", "integer", blocks=given)
+    empty = [] if given.size else ["all"]
+    empty += np.flatnonzero((given < 0).all(axis=1)).tolist() if given.size else []
+    checks.value("bcd", "blocks", not empty, "have a coordinate in every block", f"empty blocks {empty[:5]}")
+    missing = sorted(set(range(given.max() + 1)) - set(given.ravel().tolist()))
+    checks.value("bcd", "blocks", not missing, "cover every coordinate", f"blocks without {missing[:5]}")
+    twice = [i for i, row in enumerate(given) if len(set(row[row >= 0])) < np.sum(row >= 0)]
+    checks.value("bcd", "blocks", not twice, "name a coordinate once in a block", f"it twice in blocks {twice[:5]}")
+    return given.astype(np.int32)
+
+
+def check_forests(forests: Forest, selection: str, update: str) -> int:
+    """Whether forests can be the blocks of `bcd` with these rules, and how many coordinates there are."""
+    sizes = checks.shape(
+        "bcd", nodes=(forests.nodes, "K L W"), parents=(forests.parents, "K L W"), mask=(forests.mask, "K D")
+    )
+    everywhere = bool(np.asarray(forests.mask).any(axis=0).all())
+    checks.value("bcd", "blocks", everywhere, "cover every coordinate", "forests that leave some out")
+    checks.value("bcd", "update", update == "newton", "be 'newton' where the blocks are forests", update)
+    known = selection not in ("gsl", "gsq", "gsn")
+    remedy = "The others measure a block by a dense matrix."
+    checks.value("bcd", "selection", known, "be 'gs' or 'gsd' where the blocks are forests", selection, remedy)
+    return sizes["D"]
 
 
 def fixed(blocks: Any) -> Block:
