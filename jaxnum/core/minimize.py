@@ -62,7 +62,7 @@ class Minimize(Problem):
         return self.outer(self.image(x))
 
     def outer(self, image: PyTree) -> jax.Array:
-        """F(image, *args)."""
+        """f(image, *args)."""
         return self.f(image, *self.args)
 
     def gradient(self, x: PyTree) -> PyTree:
@@ -90,7 +90,7 @@ class Minimize(Problem):
         )
 
     def check(self, function: str, x: PyTree) -> None:
-        """F must return a real scalar, the resolvent and the penalty trees like x; A must fit x."""
+        """f must return a real scalar, the resolvent and the penalty trees like x; A must fit x."""
         if self.A is not None:
             single = jax.tree_util.all_leaves([x])
             checks.value(function, "x0", single, "be one array when `A` is given", type(x), error=checks.TreeError)

@@ -80,9 +80,9 @@ def bcd(
     identify_after: int | None = None,
     key: jax.Array | None = None,
 ) -> Solver:
-    """Block coordinate descent x_B <- x_B + d_B for f + h, the block B chosen anew at each step.
+    """Block coordinate descent x_B <- x_B + d_B, the block B chosen anew at each step; for the lasso and bounds too.
 
-    f is smooth, h separable, 0 or given by its resolvent (l1, bounds: see `jaxnum.Minimize`). With the gradient g of f,
+    It minimises f + h, f smooth, h separable, 0 or given by its resolvent (see `jaxnum.Minimize`). With the gradient g of f,
     blocks B of tau coordinates, H a bound of the Hessian (H - f'' positive semidefinite) and L_B that of its block, the
     selections are
 
