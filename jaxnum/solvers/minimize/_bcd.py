@@ -82,9 +82,9 @@ def bcd(
 ) -> Solver:
     """Block coordinate descent x_B <- x_B + d_B, the block B chosen anew at each step; for the lasso and bounds too.
 
-    It minimises f + h, f smooth, h separable, 0 or given by its resolvent (see `jaxnum.Minimize`). With the gradient g of f,
-    blocks B of tau coordinates, H a bound of the Hessian (H - f'' positive semidefinite) and L_B that of its block, the
-    selections are
+    It minimises f + h, f smooth, h separable, 0 or given by its resolvent (see `jaxnum.Minimize`). With the gradient g
+    of f, blocks B of tau coordinates, H a bound of the Hessian (H - f'' positive semidefinite) and L_B that of its
+    block, the selections are
 
     - "gs" (Gauss-Southwell): the largest |g_B|;
     - "gsl": the largest |g_B|² / L_B; without fixed blocks the tau largest g_i² / L_i;
