@@ -204,8 +204,8 @@ def forests() -> dict[str, float]:
 
     n, limit = 50, 400
     size, rng = n * n, np.random.default_rng(0)
-    ends = np.where(np.isin(np.arange(n), (0, n - 1)), 1.0, 2.0)
-    path = sp.diags_array([-np.ones(n - 1), ends, -np.ones(n - 1)], offsets=[-1, 0, 1])
+    path = np.eye(n, k=1) + np.eye(n, k=-1)
+    path = sp.csr_array(np.diag(path.sum(axis=0)) - path)
     labelled = rng.uniform(size=size) < 0.1
     A = (sp.kron(path, sp.eye_array(n)) + sp.kron(sp.eye_array(n), path) + sp.diags_array(labelled * 1.0)).tocsr()
     y = rng.choice([-1.0, 1.0], size=size) * labelled
