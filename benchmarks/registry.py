@@ -153,6 +153,8 @@ EXEMPT = {
     "transnormer_block": "linear_attention, which has a row, between matrix products",
     "ssor": "two sweeps of sor, whose row counts its steps and those of cg with ssor_preconditioner",
     "cheb_cb": "a small fit a round; the row of learned_relaxation says how well it chooses",
+    "bcd_partition": "one sort on the host",
+    "bcd_partition_forests": "passes over a graph on the host; the row of bcd counts the steps on what it gives",
     "tsallis_inf": "a few numbers a round; the row of learned_relaxation says how well it chooses",
 }
 

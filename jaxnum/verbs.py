@@ -258,6 +258,8 @@ def minimize(
 ) -> Solution:
     """Find a local minimum of f(x, *args) over x, without constraints.
 
+    With bounds or an l1 term: `jaxnum.solve` on a `jaxnum.Minimize` that has their resolvent, by `jaxnum.solvers.bcd`.
+
     Args:
       f: smooth real scalar function of a pytree of floating-point arrays. Arrays it captures are differentiated; a
         captured Python scalar that varies from call to call recompiles: pass it in `args`.

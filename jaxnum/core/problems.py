@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from jaxnum.core import functions, operators, trees
 from jaxnum.core.functions import Function
+from jaxnum.core.minimize import Minimize
 from jaxnum.core.operators import Operator
 from jaxnum.core.problem import Problem
 from jaxnum.core.transport import Transport
@@ -293,41 +294,6 @@ class Linear(Problem):
 
 def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:
     return jax.tree_util.tree_flatten_with_path(tree)[0]
-
-
-@_problem(data=["f", "args"])
-class Minimize(Problem):
-    """Minimise f(x, *args) over x without constraints.
-
-    Attributes:
-      f: scalar-valued function of a pytree x of floating-point leaves.
-      args: further arguments, differentiable.
-    """
-
-    f: Any
-    args: tuple = ()
-    symmetric = True
-
-    def __post_init__(self) -> None:
-        _wrap(self, "f")
-
-    def value(self, x: PyTree) -> jax.Array:
-        """f(x, *args)."""
-        return self.f(x, *self.args)
-
-    def root(self, x: PyTree) -> PyTree:
-        """The gradient of f at x."""
-        return jax.grad(self.value)(x)
-
-    def traced(self, x: PyTree) -> Minimize:
-        """Trace f at x."""
-        return replace(self, f=functions.trace(self.f, x, *self.args))
-
-    def check(self, function: str, x: PyTree) -> None:
-        """F must return a real scalar."""
-        out = jax.eval_shape(self.f, x, *self.args)
-        checks.shape(function, remedy="Sum or average the loss.", **{"f(x0)": (out, "")})
-        checks.dtype(function, "floating", **{"f(x0)": out})
 
 
 def trees_dtype(x: PyTree) -> Any:

@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from jaxnum.solvers.linear._train_dcdm import train_dcdm as train_dcdm
     from jaxnum.solvers.linear._tsallis_inf import tsallis_inf as tsallis_inf
     from jaxnum.solvers.minimize._bcd import bcd as bcd
-    from jaxnum.solvers.minimize._bcd import bcd_partition as bcd_partition
+    from jaxnum.solvers.minimize._bcd_partition import bcd_partition as bcd_partition
+    from jaxnum.solvers.minimize._bcd_partition import bcd_partition_forests as bcd_partition_forests
     from jaxnum.solvers.minimize._forest_solve import Forest as Forest
     from jaxnum.solvers.minimize._forest_solve import forest_solve as forest_solve
     from jaxnum.solvers.minimize._forest_solve import forest_solve_order as forest_solve_order
@@ -88,7 +89,8 @@ __getattr__, __dir__, __all__ = lazy.attach(
         ".linear._ssor": ("ssor", "ssor_preconditioner"),
         ".linear._train_dcdm": ("train_dcdm",),
         ".linear._tsallis_inf": ("tsallis_inf",),
-        ".minimize._bcd": ("bcd", "bcd_partition"),
+        ".minimize._bcd": ("bcd",),
+        ".minimize._bcd_partition": ("bcd_partition", "bcd_partition_forests"),
         ".minimize._forest_solve": ("Forest", "forest_solve", "forest_solve_order"),
         ".minimize._newton_cg": ("newton_cg",),
         ".monotone._cocoercive_halpern": ("cocoercive_halpern",),

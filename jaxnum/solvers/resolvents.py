@@ -194,7 +194,7 @@ def l1(weight: Any = 1.0) -> Resolvent:
       weight: real scalar >= 0, or a tree like x.
 
     Returns:
-      resolvent(x, step).
+      resolvent(x, step); a step that is a tree like x has one for each entry.
 
     Example:
       >>> import jax.numpy as jnp
@@ -203,10 +203,10 @@ def l1(weight: Any = 1.0) -> Resolvent:
     """
 
     def resolvent(x: PyTree, step: Any) -> PyTree:
-        def shrink(leaf: jax.Array, w: Any) -> jax.Array:
-            return leaf - jnp.clip(leaf, -_as(step, leaf) * _as(w, leaf), _as(step, leaf) * _as(w, leaf))
+        def shrink(leaf: jax.Array, w: Any, t: Any) -> jax.Array:
+            return leaf - jnp.clip(leaf, -_as(t, leaf) * _as(w, leaf), _as(t, leaf) * _as(w, leaf))
 
-        return jax.tree.map(shrink, x, *_spread(x, weight))
+        return jax.tree.map(shrink, x, *_spread(x, weight, step))
 
     return resolvent
 
@@ -218,7 +218,7 @@ def product(resolvents: PyTree) -> Resolvent:
       resolvents: a tree of resolvents that x continues, such as (simplex(), simplex()) for x = (p, q).
 
     Returns:
-      resolvent(x, step).
+      resolvent(x, step); a step that is a tree like x goes to the parts that it belongs to.
 
     Example:
       >>> import jax.numpy as jnp
@@ -226,7 +226,13 @@ def product(resolvents: PyTree) -> Resolvent:
       >>> p.tolist(), q.tolist()
       ([0.0], [-1.0])
     """
-    return lambda x, step: jax.tree.map(lambda resolvent, part: resolvent(part, step), resolvents, x)
+
+    def resolvent(x: PyTree, step: Any) -> PyTree:
+        if _is_leaf(step):
+            return jax.tree.map(lambda of_part, part: of_part(part, step), resolvents, x)
+        return jax.tree.map(lambda of_part, part, t: of_part(part, t), resolvents, x, step)
+
+    return resolvent
 
 
 def _optax() -> Any:

@@ -123,15 +123,6 @@ def test_scores_of_short_blocks_count_only_what_they_hold(x64):
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
-def test_partitions():
-    L = np.array([1.0, 9.0, 2.0, 8.0, 3.0])
-    assert bcd_partition(L, 2).tolist() == [[1, 3], [4, 2], [0, -1]]
-    assert bcd_partition(L, 2, order="given").tolist() == [[0, 1], [2, 3], [4, -1]]
-    assert bcd_partition(L, 2, order="average").tolist() == [[1, 2], [3, 0], [4, -1]]
-    with pytest.raises(ValueError, match="bcd_partition: `block_size` must be a Python int >= 1; got 0"):
-        bcd_partition(L, 0)
-
-
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -139,7 +130,7 @@ def test_partitions():
         ({"update": "exact"}, "bcd: `update` must be one of 'newton'"),
         ({"block_size": 0}, "bcd: `block_size` must be a Python int >= 1; got 0. An empty block cannot move"),
         ({"selection": "gsl"}, "bcd: `lipschitz` must be given, or `hessian`, for 'gsl'"),
-        ({"update": "gradient"}, "bcd: `lipschitz` must be given"),
+        ({"identify_after": 0}, "bcd: `identify_after` must be None or a Python int >= 1; got 0"),
         ({"update": "matrix"}, "bcd: `hessian` must be given for 'gs' and 'matrix'"),
         ({"selection": "random"}, "bcd: `key` must be given for 'random'"),
         ({"blocks": np.array([[0, 1], [-1, -1]])}, r"bcd: `blocks` must have a coordinate in every block; got empty"),

@@ -51,7 +51,7 @@ def newton_cg(*, inner_steps: int = 50) -> Solver:
       `stagnated`: no step along d decreases f, up to rounding.
 
     Raises:
-      ValueError: inner_steps below 1.
+      ValueError: inner_steps below 1; at the solve, the problem has a resolvent.
 
     Cost: one gradient and at most inner_steps Hessian products a step.
 
@@ -81,6 +81,8 @@ def newton_cg(*, inner_steps: int = 50) -> Solver:
 
 
 def _init(hyper: jax.Array, x: PyTree, problem: Minimize) -> NewtonCGState:
+    remedy = "Take jaxnum.solvers.bcd, or jaxnum.inclusion with the gradient."
+    checks.value("newton_cg", "problem", problem.resolvent is None, "have no resolvent", "one", remedy)
     z, tree = flat.flatten(x)
     return _state(flat.gradient(problem, z, tree), jnp.int32(0))
 
@@ -96,38 +98,16 @@ def _step(hyper: jax.Array, x: PyTree, state: NewtonCGState, problem: Minimize) 
     share = jax.lax.stop_gradient(jnp.minimum(0.5, jnp.sqrt(state.residual)))
 
     def solve(matvec: Any, rhs: jax.Array) -> jax.Array:
-        return _truncated(matvec, rhs, share, hyper)
+        return flat.truncated(matvec, rhs, share, hyper)
 
     d = jax.lax.custom_linear_solve(product, -g, solve, symmetric=True)
     slope = jnp.sum(g * d)
-    t = flat.armijo(flat.value(jax.lax.stop_gradient(problem), tree), z, d, slope)
+    still, start, direction = jax.lax.stop_gradient((problem, z, d))
+    fn = flat.value(still, tree)
+    t = flat.armijo(lambda t: fn(start + t * direction), slope)
     mark = jnp.where((t == 0) & (state.residual > 0), jnp.int32(Status.stagnated), state.mark)
     z = z + t * d
     return tree(z), _state(flat.gradient(problem, z, tree), mark)
-
-
-def _truncated(matvec: Any, rhs: jax.Array, share: jax.Array, limit: jax.Array) -> jax.Array:
-    """Conjugate gradients from zero to a residual of share |rhs|, or to a direction that does not curve upwards."""
-
-    def unfinished(carry: tuple) -> jax.Array:
-        _, _, _, rr, k, flat_direction = carry
-        return (rr > share**2 * jnp.sum(rhs**2)) & (k < limit) & ~flat_direction
-
-    def step(carry: tuple) -> tuple:
-        d, r, p, rr, k, _ = carry
-        q = matvec(p)
-        pq = jnp.sum(p * q)
-        # Also where it is NaN, which is the gradient's own to report.
-        flat_direction = ~(pq > 0)
-        alpha = jnp.where(flat_direction, 0, rr / jnp.where(flat_direction, 1, pq))
-        r = r - alpha * q
-        new = jnp.sum(r**2)
-        d = jnp.where(flat_direction & (k == 0), rhs, d + alpha * p)
-        return d, r, r + new / rr * p, new, k + 1, flat_direction
-
-    zero = jnp.zeros_like(rhs)
-    start = (zero, rhs, rhs, jnp.sum(rhs**2), jnp.int32(0), jnp.bool_(False))
-    return jax.lax.while_loop(unfinished, step, start)[0]
 
 
 def _measure(hyper: jax.Array, x: PyTree, state: NewtonCGState, problem: Minimize) -> Measure:
