@@ -228,7 +228,7 @@ register(
         tests=("tests/solvers/test_convergent_graph_solver.py",),
         peers={"optimistix": Peer("optimistix", optimistix)},
         targets=tuple(
-            Target("figure", 1.0, f"MAPE below a same-size 3-layer MPNN{where}.", figure=f"{name}_to_mpnn_{kind}")
+            Target("figure", 1.0, f"Mean percentage error below the MPNN's{where}.", figure=f"{name}_to_mpnn_{kind}")
             for name in LAYERS
             for kind, where in (("same", ""), ("larger", ", on graphs larger than those trained on"))
         ),
