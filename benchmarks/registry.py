@@ -128,8 +128,6 @@ EXEMPT = {
     "dcdm_network": "the row of dcdm runs it",
     "train_dcdm": "the row of dcdm trains with it and says how long",
     "ritz_dataset": "one run of lanczos, once before a training",
-    "convergent_graph_solver": "picard, which has a row, on one pass over the edges",
-    "convergent_graph_solver_weights": "one pass over the edges",
     "strict": "a check at trace time: it leaves no trace in the compiled update",
     "lightning_attention": "one call of linear_attention, which has a row",
     "lightning_attention_slopes": "a few numbers a model",

@@ -61,7 +61,7 @@ def steps() -> dict[str, float]:
 
 
 def shape(kind: str) -> Params:
-    return {"n": 40_000, "d": 200, "kappa": 1e6, "kind": kind}
+    return {"n": 10_000, "d": 100, "kappa": 1e6, "kind": kind}
 
 
 register(
