@@ -96,7 +96,7 @@ class Kept:
         return self._added(self.values * self.values * z[:, None])
 
     def balanced(self, rows: jax.Array, cols: jax.Array) -> tuple[Kept, jax.Array]:
-        """The same entries scaled to sum to `rows`, nearly, and to `cols`, exactly where a column has any; its row sums.
+        """The same entries scaled to sum to `rows`, nearly, and to `cols` where a column has any; the row sums then.
 
         A plan without its small entries has smaller marginals. Newton's matrix of such a plan with the diagonal of the
         whole one is off by the missing mass in every direction, and the directions in which the dual is nearly flat
