@@ -145,8 +145,9 @@ def newton(
       `sinkhorn`, about eps max |f| / epsilon: small epsilon needs float64.
 
     Source: Tang, Shavlovsky, Rahmanian, Tardini, Thekumparampil, Xiao & Ying, "Accelerating Sinkhorn algorithm with
-      sparse Newton iterations" (2024), section 3, without the sparsification; Tang & Qiu, "Safe and sparse Newton
-      method for entropic-regularized optimal transport" (2024), for the shift. They take steps in (f, g) together.
+      sparse Newton iterations" (2024), section 3; Tang & Qiu, "Safe and sparse Newton method for entropic-regularized
+      optimal transport" (2024), for the shift. They take steps in (f, g) together, and keep the largest entries of the
+      whole plan unscaled.
 
     Example:
       >>> import jax.numpy as jnp, jaxnum

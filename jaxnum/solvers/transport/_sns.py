@@ -48,7 +48,7 @@ def sns(
     Numerics: as `newton`.
 
     Source: Tang, Shavlovsky, Rahmanian, Tardini, Thekumparampil, Xiao & Ying, "Accelerating Sinkhorn algorithm with
-      sparse Newton iterations" (2024), algorithm 1, with the dense plan in place of a sparse one.
+      sparse Newton iterations" (2024), algorithm 1; the plan is sparse where `newton` finds that it pays.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxnum
