@@ -137,12 +137,11 @@ def test_mass_between_clusters_is_found(x64):
 
 def test_a_plan_that_is_not_sparse_is_used_whole(x64):
     C, a, b, x, y = data(20, 20)
+    whole = jaxnum.transport(C, a, b, 0.1, solver=newton(linear="cg"))
     for cost in (C, PointCloudCost(x, y)):
-        few = jaxnum.transport(cost, a, b, 0.1, solver=newton(linear="sparse", entries=2))
-        assert int(few.state.whole) == int(few.steps)
-        all_ = jaxnum.transport(cost, a, b, 0.1, solver=newton(linear="cg"))
-        assert int(few.steps) == int(all_.steps)
-        np.testing.assert_allclose(few.x[1], all_.x[1], rtol=0, atol=1e-10)
+        solution = jaxnum.transport(cost, a, b, 0.1, solver=newton(linear="sparse", entries=2))
+        assert int(solution.state.whole) == int(solution.steps) == int(whole.steps)
+        np.testing.assert_allclose(solution.x[1], whole.x[1], rtol=0, atol=1e-10)
 
 
 def test_kept_entries_make_a_convex_system(x64):
