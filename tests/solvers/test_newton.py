@@ -123,16 +123,12 @@ def clusters(n=60, surplus=1e-4):
 
 def test_mass_between_clusters_is_found(x64):
     C, a, b = clusters()
-    steps = {}
-    for linear in ("cg", "sparse"):
-        solution = jaxnum.transport(C, a, b, 0.05, solver=newton(linear=linear, entries=25), rtol=1e-11)
-        steps[linear] = int(solution.steps)
-        # Sweeps would take millions of steps; no other plan of this form has these marginals.
-        P = np.exp((np.asarray(solution.x[0])[:, None] + np.asarray(solution.x[1]) - np.asarray(C)) / 0.05)
-        assert np.abs(P.sum(1) - a).sum() + np.abs(P.sum(0) - b).sum() <= 2e-11
+    solution = jaxnum.transport(C, a, b, 0.05, solver=newton(linear="sparse", entries=25), rtol=1e-11, max_steps=35)
+    # Sweeps would take millions of steps; no other plan of this form has these marginals.
+    P = np.exp((np.asarray(solution.x[0])[:, None] + np.asarray(solution.x[1]) - np.asarray(C)) / 0.05)
+    assert np.abs(P.sum(1) - a).sum() + np.abs(P.sum(0) - b).sum() <= 2e-11
     # Steps with the whole plan come when the kept entries do not help.
-    assert 0 < int(solution.state.whole) < steps["sparse"] / 2
-    assert steps["sparse"] <= 3 * steps["cg"]
+    assert 0 < int(solution.state.whole) < int(solution.steps) / 2
 
 
 def test_a_plan_that_is_not_sparse_is_used_whole(x64):

@@ -137,6 +137,8 @@ def newton(
       better than few rows. Ten to thirty steps after 20 sweeps, whatever epsilon.
       "sparse": as a rule one selection in a solve, which costs about two passes, then three passes a step and no
       plan; products with 128 entries a row take a tenth of the time of those with the plan at n = m = 4000 on a CPU.
+      All of Newton's stage took half the time at n = 3000 and 4000 in the plane, a third with a `PointCloudCost`, and
+      as long as "cg" for colours of photographs, which need 512 entries. Not measured on accelerators.
       With linear="sparse", and in "auto" above 2^27 entries, steps that need the whole of a point cloud's plan compute
       it anew for each product: they are slow, and store nothing.
 
