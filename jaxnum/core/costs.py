@@ -83,6 +83,10 @@ class Cost:
 
         return jnp.sum(self.over_rows(block, u))
 
+    def at(self, columns: jax.Array) -> jax.Array:
+        """C_ij for the j in row i of columns, int [n, k]; [n, k]."""
+        return self.over_rows(lambda C, columns: jnp.take_along_axis(C, columns, axis=1), columns)
+
 
 def _logsumexp(M: jax.Array, axis: int = -1) -> jax.Array:
     """Over one axis; NaN where no entry is finite.
@@ -212,6 +216,14 @@ class PointCloudCost(Cost):
         if trees.explicitly_sharded((self.x, self.y, v)):
             return super().lse_rows(v, epsilon)
         return _online((self.kind, self.block), self.x, self.y, v, jnp.asarray(epsilon, v.dtype))
+
+    def at(self, columns: jax.Array) -> jax.Array:
+        """As of every cost, but only these distances are computed."""
+
+        def row(x: jax.Array, columns: jax.Array) -> jax.Array:
+            return _distances(self.kind, x[None], self.y[columns])[0]
+
+        return jax.vmap(row)(self.x, columns)
 
     def over_rows(self, reduce: Callable, *rows: jax.Array) -> jax.Array:
         """Blocks one after the other; each is recomputed when derivatives need it."""

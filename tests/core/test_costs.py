@@ -32,6 +32,9 @@ def test_point_cloud_equals_its_matrix(float_dtype, kind):
         )
     np.testing.assert_allclose(cloud.apply(u, v, epsilon, w), dense.apply(u, v, epsilon, w), rtol=rtol)
     np.testing.assert_allclose(cloud.total(u, v, epsilon), dense.total(u, v, epsilon), rtol=rtol)
+    columns = np.array([[i % 7, (3 * i + 1) % 7] for i in range(11)])
+    for cost in (cloud, dense):
+        np.testing.assert_allclose(cost.at(columns), np.take_along_axis(want, columns, axis=1), rtol=rtol)
     assert cloud.shape == dense.shape == (11, 7)
     assert float(cloud.largest()) >= float(dense.largest()) * (1 - rtol)
 

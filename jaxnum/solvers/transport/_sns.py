@@ -21,6 +21,8 @@ def sns(
     stage_sweeps: int | jax.Array = 1,
     linear: str = "auto",
     shift: float | jax.Array = 1e-3,
+    entries: int = 128,
+    kept: float | jax.Array = 0.999,
 ) -> Phases:
     """`sinkhorn` for a few sweeps, then `newton`: for small epsilon, where sweeps alone need thousands.
 
@@ -31,6 +33,8 @@ def sns(
       stage_sweeps: sweeps at each epsilon above the target.
       linear: how `newton` solves its systems.
       shift: of `newton`.
+      entries: of `newton`.
+      kept: of `newton`.
 
     Returns:
       Phases for `Transport`, balanced and unbalanced; `Solution.phase_steps` counts sweeps and Newton steps apart.
@@ -44,7 +48,7 @@ def sns(
     Numerics: as `newton`.
 
     Source: Tang, Shavlovsky, Rahmanian, Tardini, Thekumparampil, Xiao & Ying, "Accelerating Sinkhorn algorithm with
-      sparse Newton iterations" (2024), algorithm 1, with the dense plan in place of a sparse one.
+      sparse Newton iterations" (2024), algorithm 1; the plan is sparse where `newton` finds that it pays.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxnum
@@ -55,4 +59,4 @@ def sns(
       True
     """
     first = sinkhorn(epsilon_scaling=epsilon_scaling, stage_sweeps=stage_sweeps)
-    return then(phase(first, max_steps=sweeps), newton(linear=linear, shift=shift))
+    return then(phase(first, max_steps=sweeps), newton(linear=linear, shift=shift, entries=entries, kept=kept))
