@@ -64,7 +64,7 @@ def cg(*, flexible: int | None = None, verify_symmetry: bool = False) -> Solver:
         to step (an inner solve, a network): Notay's FCG(m), p = z - sum_i (z.Ap_i / p_i.Ap_i) p_i over the last
         max(1, k mod (m+1)) directions. m = 1 is the Polak-Ribiere form in exact arithmetic.
       verify_symmetry: Python bool; a debug check: before the first step compare <u, A v> with <A u, v> for two pairs of
-        random vectors, and break down where they differ by more than rounding. Three products with A each, and about
+        random vectors, and break down where they differ by more than rounding. Two products with A each, and about
         as much to compile. See `jaxnum.check_symmetric`.
 
     Returns:
@@ -131,14 +131,15 @@ def _init(hyper: None, x: PyTree, problem: Linear) -> CGState:
 
 
 def _verified_init(hyper: None, x: PyTree, problem: Linear) -> CGState:
-    return _verified(_init(hyper, x, problem), problem)
+    state = _init(hyper, x, problem)
+    return state._replace(mark=verified(state.mark, problem))
 
 
-def _verified(state: CGState, problem: Linear) -> CGState:
+def verified(mark: jax.Array, problem: Linear) -> jax.Array:
+    """A mark, or breakdown where random vectors show that A is not symmetric."""
     defect = check_symmetric(problem.matvec, jax.random.key(0), problem.b)
     # Not `>`: NaN is wrong too.
-    wrong = ~(defect <= jnp.finfo(defect.dtype).eps ** 0.5)
-    return state._replace(mark=jnp.where(wrong, jnp.int32(Status.breakdown), state.mark))
+    return jnp.where(defect <= jnp.finfo(defect.dtype).eps ** 0.5, mark, jnp.int32(Status.breakdown))
 
 
 def _precondition(r: PyTree, problem: Linear) -> tuple[PyTree, jax.Array, jax.Array]:
@@ -235,7 +236,7 @@ def flexible_init(hyper: jax.Array, x: PyTree, problem: Linear) -> FlexibleCGSta
 
 def _verified_flexible_init(hyper: jax.Array, x: PyTree, problem: Linear) -> FlexibleCGState:
     state = flexible_init(hyper, x, problem)
-    return state._replace(base=_verified(state.base, problem))
+    return state._replace(base=state.base._replace(mark=verified(state.base.mark, problem)))
 
 
 def _flexible_step(
