@@ -15,6 +15,7 @@ from jaxnum.core import precision, trees
 from jaxnum.core.problems import Linear
 from jaxnum.core.solver import Defaults, Measure, Solver
 from jaxnum.core.status import Status
+from jaxnum.solvers.linear import lengths
 from kernels_pallas import checks
 
 PyTree = Any
@@ -156,7 +157,7 @@ def _init(hyper: _Hyper, x: PyTree, problem: Linear) -> GCRODRState:
         checks.same_tree("gcro_dr", ("x0", x), dtypes=True, **{"recycle[i]": member})
         directions = _padded(hyper.recycle, empty)
         pending = jnp.sum(jax.vmap(trees.norm)(directions) > 0, dtype=jnp.int32)
-    scale = trees.norm(problem.b)
+    scale = lengths.scale(problem.b)
     gram = jnp.zeros((m, m), jax.eval_shape(trees.inner, x, x).dtype)
     no, none = jnp.bool_(False), jnp.int32(0)
     zero = jnp.zeros_like(scale)
@@ -273,7 +274,8 @@ def _judge(
     # For b = 0 no residual above zero is small relative to ||b||, but the answer is known.
     null = (state.scale == 0) & ~look
     x, r = (jax.tree.map(lambda leaf: jnp.where(null, 0, leaf), tree) for tree in (x, r))
-    return x, r, jnp.where(null, 0, jnp.sqrt(rr)), mark
+    residual, mark = lengths.residual(rr, state.scale, mark)
+    return x, r, jnp.where(null, 0, residual), mark
 
 
 def _coefficients(ring: PyTree, v: PyTree) -> jax.Array:

@@ -16,6 +16,7 @@ from jaxnum.core.lanczos import Lanczos
 from jaxnum.core.problems import Linear
 from jaxnum.core.solver import Defaults, Measure, Solver
 from jaxnum.core.status import Status
+from jaxnum.solvers.linear import lengths
 from jaxnum.solvers.linear._cg import asymmetric, verified
 from kernels_pallas import checks
 
@@ -94,7 +95,7 @@ def minres(*, verify_symmetry: bool = False) -> Solver:
 
 
 def _init(hyper: None, x: PyTree, problem: Linear) -> MinresState:
-    scale = trees.norm(problem.b)
+    scale = lengths.scale(problem.b)
     still, zero = jax.tree.map(jnp.zeros_like, problem.b), jnp.zeros_like(scale)
     mark = jnp.where(asymmetric(problem.A), jnp.int32(Status.breakdown), jnp.int32(0))
     # The first look finds that r = 0 is meaningless, which is no sign of drift.
@@ -135,8 +136,8 @@ def _step(hyper: None, x: PyTree, state: MinresState, problem: Linear) -> tuple[
     # For b = 0 no residual above zero is small relative to ||b||, but the answer is known.
     null = (state.scale == 0) & ~look
     x = jax.tree.map(lambda leaf: jnp.where(null, 0, leaf), x)
-    residual = jnp.where(null, 0, jnp.sqrt(rr))
-    return x, MinresState(r, new, residual, state.scale, mark, jnp.zeros_like(look))
+    residual, mark = lengths.residual(rr, state.scale, mark)
+    return x, MinresState(r, new, jnp.where(null, 0, residual), state.scale, mark, jnp.zeros_like(look))
 
 
 def _mark(state: MinresState, lost: jax.Array, uz: jax.Array, uu: jax.Array, unsolvable: jax.Array) -> jax.Array:
