@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxnum.core import precision, trees
 from jaxnum.core.batched import raise_unless_all_converged, solve_batched
 from jaxnum.core.problem import Problem
 from jaxnum.core.solver import Defaults, Measure, Solution, Solver, raise_unless_converged, solve
@@ -194,7 +195,7 @@ def _start(A: jax.Array) -> jax.Array:
 
 
 def _init(hyper: None, M: jax.Array, problem: _Inverse) -> NewtonSchulzState:
-    return _look(M, jnp.full((), jnp.inf, M.dtype), jnp.int32(0), problem)
+    return _look(M, jnp.full((), jnp.inf, precision.accumulator(M.dtype)), jnp.int32(0), problem)
 
 
 def _step(hyper: None, M: jax.Array, state: NewtonSchulzState, problem: _Inverse) -> tuple:
@@ -213,18 +214,11 @@ def _turn(M: jax.Array, state: NewtonSchulzState, problem: _Inverse) -> tuple[ja
 def _look(M: jax.Array, best: jax.Array, waited: jax.Array, problem: _Inverse) -> NewtonSchulzState:
     product = jnp.matmul(*((M, problem.A) if M.shape[0] <= M.shape[1] else (problem.A, M)), precision="highest")
     correction = _corrected(M, product, problem)
-    residual, scale = _norm(correction), _norm(M)
+    residual, scale = trees.safe_norm(correction), trees.safe_norm(M)
     ratio = residual / jnp.where(scale > 0, scale, 1)
     return NewtonSchulzState(
         correction, product, residual, scale, jnp.minimum(best, ratio), jnp.where(ratio < best, 0, waited)
     )
-
-
-def _norm(M: jax.Array) -> jax.Array:
-    """The Frobenius norm, also where squares would overflow or vanish."""
-    largest = jnp.max(jnp.abs(M))
-    unit = jnp.where(largest > 0, largest, 1)
-    return largest * jnp.linalg.norm(M / unit)
 
 
 def _corrected(N: jax.Array, product: jax.Array, problem: _Inverse) -> jax.Array:
