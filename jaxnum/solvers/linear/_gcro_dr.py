@@ -92,7 +92,8 @@ def gcro_dr(m: int = 40, k: int = 10, *, recycle: PyTree = None) -> Solver:
       m: Python int >= 1, pairs held.
       k: Python int in [0, m), pairs kept at a restart and handed on.
       recycle: tree [k, ...] over a tree like x, or None. Zero vectors mean none and come last, so that zeros start a
-        `lax.scan` over systems whose carry is `solution.state.recycle`. Array leaves: new ones compile nothing.
+        `lax.scan` over systems whose carry is `solution.state.recycle`; NaN means none at all. Array leaves: new ones
+        compile nothing.
 
     Returns:
       A Solver for `Linear` (give it symmetric=False: the tangents are then solved by LU or GMRES). It stops at
@@ -155,7 +156,9 @@ def _init(hyper: _Hyper, x: PyTree, problem: Linear) -> GCRODRState:
     if hyper.recycle is not None:
         member = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], leaf.dtype), hyper.recycle)
         checks.same_tree("gcro_dr", ("x0", x), dtypes=True, **{"recycle[i]": member})
-        directions = _padded(hyper.recycle, empty)
+        # Of a solve that ended in NaN nothing is of use.
+        good = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(hyper.recycle)]))
+        directions = trees.where(good, _padded(hyper.recycle, empty), empty)
         pending = jnp.sum(jax.vmap(trees.norm)(directions) > 0, dtype=jnp.int32)
     scale = lengths.scale(problem.b)
     gram = jnp.zeros((m, m), jax.eval_shape(trees.inner, x, x).dtype)
