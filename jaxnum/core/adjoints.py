@@ -86,6 +86,8 @@ def _coupled(tree: PyTree) -> PyTree:
 
 def _solve_tangent(matvec: Matvec, rhs: PyTree, *, problem: Any) -> PyTree:
     """Solve one projected system, and return NaN where its residual is not small."""
+    size = _size(rhs)
+    rhs = jax.tree.map(lambda leaf: leaf / size.astype(leaf.dtype), rhs)
     if trees.size(rhs) < DENSE_BELOW:
         solution = _replicated(_dense, matvec, rhs, problem)
     elif problem.symmetric == "indefinite":
@@ -96,7 +98,14 @@ def _solve_tangent(matvec: Matvec, rhs: PyTree, *, problem: Any) -> PyTree:
         solution = _replicated(_gmres, matvec, rhs, problem)
     residual = trees.norm(problem.project(trees.sub(rhs, matvec(solution))))
     good = residual <= _tolerance(rhs) ** 0.5 * trees.norm(rhs)
-    return jax.tree.map(lambda leaf: jnp.where(good, leaf, jnp.nan), solution)
+    return jax.tree.map(lambda leaf: jnp.where(good, size.astype(leaf.dtype) * leaf, jnp.nan), solution)
+
+
+def _size(rhs: PyTree) -> jax.Array:
+    """The largest entry, or 1: in float32 a gradient of 1e-20 has no square, hence no norm."""
+    real = precision.coarsest(rhs)
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0).astype(real) for leaf in jax.tree.leaves(rhs)]))
+    return jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
 
 
 def _tolerance(tree: PyTree) -> float:

@@ -194,7 +194,7 @@ def _chunk(solver: Any, c: Carry, problem: Any, limits: Limits, *, unrolled: boo
     else:
         x, state = jax.lax.fori_loop(0, steps, once, (c.x, state))
     m = solver.measure(solver.hyper, x, state, problem)
-    bad = ~jnp.isfinite(m.residual)
+    bad = ~_finite(m)
     step, waited = c.step + counted, jnp.where(m.residual < c.best, 0, c.waited + 1)
     rounding = m.residual <= _ROUNDINGS * precision.attainable(m.residual) * m.scale
     status = _judge(m, limits)
@@ -223,9 +223,14 @@ def _judge(m: Measure, limits: Limits) -> jax.Array:
     met = m.residual <= limits.atol + limits.rtol * m.scale
     flag = m.flag.astype(jnp.int32)
     status = jnp.where(met, jnp.int32(Status.converged), jnp.where(flag != 0, flag, jnp.int32(RUNNING)))
-    status = jnp.where(jnp.isfinite(m.residual), status, jnp.int32(Status.nonfinite))
+    status = jnp.where(_finite(m), status, jnp.int32(Status.nonfinite))
     # What the problem itself rules out is worse than any residual.
     return jnp.where(flag == Status.infeasible, jnp.int32(Status.infeasible), status)
+
+
+def _finite(m: Measure) -> jax.Array:
+    """Whether a measure can be judged: every residual is small beside a scale that has overflowed."""
+    return jnp.isfinite(m.residual) & jnp.isfinite(m.scale)
 
 
 def _record(c: Carry, new: jax.Array | None = None) -> Carry:

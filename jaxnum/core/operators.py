@@ -329,7 +329,7 @@ def check_symmetric(A: Any, key: jax.Array, example: PyTree | None = None, *, tr
     """How far A is from symmetric (Hermitian), by random vectors: |<u, A v> - <A u, v>| / (||u|| ||A v||), the largest.
 
     A debug check for functions, which cannot be looked into: rounding for a symmetric A, of order 1/sqrt(n) or more
-    for most others. `jaxnum.solvers.cg(verify_symmetry=True)` makes it in every solve.
+    for most others. `cg` and `minres` of `jaxnum.solvers` make it in every solve with `verify_symmetry=True`.
 
     Args:
       A: linear function on trees like `example`, array [n, n], or operator.

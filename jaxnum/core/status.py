@@ -24,7 +24,7 @@ _SENTENCES = {
     Status.converged: "The residual met the tolerance.",
     Status.max_steps: "The step limit was reached before the residual met the tolerance. "
     "Raise max_steps, loosen rtol or atol, or choose a faster solver.",
-    Status.nonfinite: "The residual became NaN or infinite; x is the last finite iterate. "
+    Status.nonfinite: "The residual or its scale became NaN or infinite; x is the last finite iterate. "
     "Look for NaN in the input, a map that expands, or too long a step.",
     Status.breakdown: "The method broke down: the problem lacks a property that the method needs "
     "(for cg: a symmetric positive definite A and preconditioner).",

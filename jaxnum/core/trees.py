@@ -40,6 +40,15 @@ def norm(a: PyTree) -> jax.Array:
     return jnp.sqrt(vdot(a, a))
 
 
+def safe_norm(a: PyTree) -> jax.Array:
+    """The same where squares would overflow or vanish (in float32 below 1e-19), at the price of one more pass."""
+    largest = reduce(
+        jnp.maximum, [jnp.max(jnp.abs(x), initial=0).astype(accumulator(jnp.real(x).dtype)) for x in jax.tree.leaves(a)]
+    )
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return unit * norm(jax.tree.map(lambda x: x / unit.astype(x.dtype), a))
+
+
 def add(a: PyTree, b: PyTree) -> PyTree:
     """Leafwise a + b."""
     return jax.tree.map(jnp.add, a, b)

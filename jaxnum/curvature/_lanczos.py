@@ -124,7 +124,7 @@ def krylov(op: Function, v0: PyTree, tol: jax.Array, num_steps: int) -> Lanczos:
         alpha = put(c.alpha, trees.vdot(c.q, r), j)
         for _ in range(2):
             r = trees.sub(r, _combined(jax.vmap(lambda q, r=r: trees.vdot(q, r))(basis), basis))
-        length = trees.norm(r)
+        length = trees.safe_norm(r)
         beta = put(c.beta, length, j)
         # Not `>`: NaN goes on to the end and shows in the values.
         going = ~(length <= tol.astype(length.dtype) * jnp.max(jnp.abs(alpha) + beta))
@@ -153,7 +153,8 @@ def _ritz(c: _Carry, index: jax.Array) -> Lanczos:
     active = index < c.rank
     inner = index[:-1] + 1 < c.rank
     beta = jnp.where(inner, c.beta[:-1], 0)
-    bound = jnp.max(jnp.abs(c.alpha)) + 2 * jnp.max(jnp.abs(c.beta)) + 1
+    size = jnp.max(jnp.abs(c.alpha)) + 2 * jnp.max(jnp.abs(c.beta))
+    bound = jnp.where(size == 0, 1, 2 * size)
     T = jnp.diag(jnp.where(active, c.alpha, 2 * bound)) + jnp.diag(beta, 1) + jnp.diag(beta, -1)
     values, vectors = jnp.linalg.eigh(T)
     vectors = jnp.where(active, vectors, 0)

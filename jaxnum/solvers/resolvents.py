@@ -184,7 +184,15 @@ def psd() -> Resolvent:
       >>> psd()(jnp.diag(jnp.array([2.0, -1.0])), 1.0).tolist()
       [[2.0, 0.0], [0.0, 0.0]]
     """
-    return lambda x, step: jax.tree.map(_psd, x)
+
+    def resolvent(x: PyTree, step: Any) -> PyTree:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(x):
+            got = jnp.shape(leaf)
+            square, name = len(got) >= 2 and got[-1] == got[-2], f"x{jax.tree_util.keystr(path)}"
+            checks.value("psd", name, square, "have shape [..., n, n]", got, error=checks.ShapeError)
+        return jax.tree.map(_psd, x)
+
+    return resolvent
 
 
 def l1(weight: Any = 1.0) -> Resolvent:

@@ -43,6 +43,13 @@ def test_phases_under_vmap_equal_a_loop(x64):
         assert np.max(np.abs(many.phase_steps[i] - one.phase_steps)) <= 1
 
 
+def test_no_residual_is_small_beside_a_scale_that_overflows(x64):
+    """The norm of T(x) = 2 x + 1 becomes infinite one step before that of x - T(x)."""
+    solution = jaxnum.fixed_point(lambda x: 2 * x + 1, jnp.zeros(3), on_failure="return")
+    assert int(solution.status) == Status.nonfinite
+    assert np.all(np.isfinite(solution.x))
+
+
 def test_warm_started_computes_its_start_from_the_problem(x64):
     cold = jaxnum.fixed_point(halve, jnp.zeros(2))
     warm = jaxnum.fixed_point(halve, jnp.zeros(2), solver=warm_started(picard(), closer))

@@ -119,6 +119,13 @@ def test_zero_start_and_nan():
     assert bool(jnp.isnan(lanczos(jnp.full((4, 4), jnp.nan), jnp.ones(4), 3).values).all())
 
 
+def test_an_operator_whose_squares_vanish_has_its_spectrum():
+    A = np.diag([1.0, 2.0, 4.0])
+    small = lanczos(jnp.asarray(A * 1e-22, jnp.float32), jnp.ones(3), 5)
+    assert int(small.rank) == 3
+    np.testing.assert_allclose(small.values[:3] * 1e22, [1, 2, 4], rtol=1e-5)
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="lanczos: `num_steps` must be a Python int >= 1; got 0"):
         lanczos(jnp.eye(3), jnp.ones(3), 0)

@@ -10,7 +10,7 @@ import scipy.sparse.linalg as spla
 import jaxnum
 from jaxnum import Linear, Status
 from jaxnum.core.loops import begin
-from jaxnum.solvers import cg
+from jaxnum.solvers import cg, gcro_dr, minres
 from tests.tolerances import tolerance
 
 
@@ -218,3 +218,23 @@ def test_flexible_outside_its_range(flexible):
 def test_zero_is_the_answer_to_zero_whatever_the_matrix(x64):
     solution = jaxnum.linear_solve(jnp.diag(jnp.array([1.0, -1.0])), jnp.zeros(2), jnp.array([0.0, 1.0]))
     np.testing.assert_array_equal(solution.x, np.zeros(2))
+
+
+@pytest.mark.parametrize(("solver", "symmetric"), [(cg, True), (minres, "indefinite"), (gcro_dr, False)])
+def test_squares_that_vanish_are_not_convergence(solver, symmetric):
+    """In float32 the square of a residual below 1e-19 is zero, and so is that of a right-hand side of 1e-22."""
+    A = jnp.diag(jnp.linspace(1.0, 5.0, 20))
+    for size, rtol in ((1e-12, 1e-5), (1e-17, 0.1)):
+        solution = jaxnum.linear_solve(A, jnp.full(20, size), solver=solver(), symmetric=symmetric, rtol=rtol)
+        np.testing.assert_allclose(A @ solution.x, size, rtol=2 * rtol)
+    for size in (1e-17, 1e-22):
+        b = jnp.full(20, size)
+        solution = jaxnum.linear_solve(A, b, solver=solver(), symmetric=symmetric, on_failure="return")
+        assert int(solution.status) == Status.stagnated
+
+
+def test_a_small_gradient_is_not_zero():
+    d = jnp.linspace(1.0, 5.0, 300)
+    total = lambda b, size: size * jnp.sum(jaxnum.linear_solve(lambda v: d * v, b).x)  # noqa: E731
+    small, plain = (jax.grad(total)(jnp.ones(300), jnp.float32(size)) for size in (1e-22, 1.0))
+    np.testing.assert_allclose(1e22 * small, plain, rtol=tolerance("float32", 300))

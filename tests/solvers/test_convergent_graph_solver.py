@@ -85,6 +85,14 @@ def test_a_map_that_does_not_contract_becomes_a_status():
         convergent_graph_solver(weights, b, SENDERS, RECEIVERS, gamma=0.99)
 
 
+def test_places_outside_the_graph_become_a_status():
+    weights, b = jnp.ones((1, 1)), jnp.ones((3, 1))
+    for sender, receiver in ((0, 3), (3, 0), (0, -1), (-1, 0)):
+        ends = jnp.array([sender]), jnp.array([receiver])
+        solution = convergent_graph_solver(weights, b, *ends, on_failure="return")
+        assert int(solution.status) == Status.nonfinite
+
+
 def test_bad_input():
     logits, b = arrays("float32")
     with pytest.raises(ValueError, match=r"convergent_graph_solver: `gamma` must be in \(0, 1\); got 1.0"):

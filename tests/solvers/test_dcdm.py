@@ -81,6 +81,15 @@ def test_what_is_not_finite_becomes_a_status(x64):
         spd(30), jnp.asarray(B), solver=dcdm(lambda params, r: r * jnp.nan), on_failure="return"
     )
     assert int(solution.status) == Status.nonfinite
+    np.testing.assert_array_equal(solution.x, np.zeros(N))
+
+
+def test_loss_of_nothing():
+    loss = lambda scale, b: dcdm_loss(lambda scale, r: scale * r, scale, lambda v: v, b)  # noqa: E731
+    for scale, b, want in ((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)):
+        value, slope = jax.value_and_grad(loss)(jnp.float32(scale), jnp.full(3, b))
+        np.testing.assert_allclose(value, want, rtol=1e-6)
+        assert np.isfinite(slope)
 
 
 def test_loss_is_zero_for_the_inverse_alone_and_scale_free(x64):

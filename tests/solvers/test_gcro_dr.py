@@ -147,6 +147,12 @@ def test_zero_right_hand_side_from_a_warm_start(x64):
     np.testing.assert_array_equal(jaxnum.solve(gcro_dr(m=4, k=1), jnp.ones(5), problem).x, np.zeros(5))
 
 
+def test_a_recycle_space_of_nan_is_none(x64):
+    problem = Linear(jnp.diag(jnp.arange(1.0, 6)), jnp.ones(5), symmetric=False)
+    solution = jaxnum.solve(gcro_dr(m=4, k=1, recycle=jnp.full((1, 5), jnp.nan)), jnp.zeros(5), problem)
+    np.testing.assert_allclose(solution.x, 1 / np.arange(1.0, 6), atol=1e-6)
+
+
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="gcro_dr: `m` must be a Python int >= 1; got 0"):
         gcro_dr(m=0)

@@ -31,6 +31,13 @@ def test_cut_can_be_chosen(x64):
     np.testing.assert_allclose(leverage_scores(A, rtol=1e-4), [1, 1, 0], atol=1e-12)
 
 
+def test_nan_is_seen(x64):
+    tau = leverage_scores(jnp.array([[1.0, 2.0], [jnp.nan, 1.0], [3.0, 4.0]]))
+    assert np.all(np.isnan(tau))
+
+
 def test_wrong_arguments():
+    with pytest.raises(ValueError, match="leverage_scores: `A` must have a column"):
+        leverage_scores(jnp.ones((3, 0)))
     with pytest.raises(ValueError, match="leverage_scores: `A` must have as many rows as columns"):
         leverage_scores(jnp.ones((2, 3)))

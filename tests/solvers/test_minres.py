@@ -75,6 +75,15 @@ def test_singular_systems(x64):
         assert int(wrong.status) in known
 
 
+def test_an_infeasible_system_ends_at_its_least_squares_solution(float_dtype):
+    """Not a step later, which would go along a null vector without bound."""
+    for A, residual in ((np.diag([1.0, 2.0, 0.0, 3.0, 4.0]), 1.0), (np.zeros((5, 5)), 5**0.5)):
+        solution = solved(jnp.asarray(A, float_dtype), jnp.ones(5, float_dtype), on_failure="return")
+        assert int(solution.status) == Status.infeasible
+        np.testing.assert_allclose(solution.residual, residual, rtol=tolerance(float_dtype, 5))
+        np.testing.assert_allclose(A @ A @ solution.x, A @ np.ones(5), atol=tolerance(float_dtype, 5, condition=100))
+
+
 @pytest.mark.parametrize("n", [40, 300])
 def test_gradient_of_an_indefinite_system(n, x64):
     """Below 256 unknowns the tangent is solved by LU, above by MINRES."""
@@ -104,3 +113,13 @@ def test_a_matrix_that_is_not_symmetric_is_a_breakdown(x64):
         A, jnp.ones(20), solver=jaxnum.solvers.minres(), symmetric="indefinite", on_failure="return"
     )
     assert int(solution.status) == jaxnum.Status.breakdown
+
+
+def test_a_function_that_is_not_symmetric_is_found_on_request(x64):
+    A = jnp.asarray(indefinite(20, 5))
+    for M, status in ((A, Status.converged), (A.at[3, 4].add(0.5), Status.breakdown)):
+        problem = Linear(lambda v: M @ v, jnp.ones(20), symmetric="indefinite")  # noqa: B023
+        solution = jaxnum.solve(minres(verify_symmetry=True), jnp.zeros(20), problem, on_failure="return")
+        assert int(solution.status) == status
+    with pytest.raises(ValueError, match="minres: `verify_symmetry` must be a Python bool"):
+        minres(verify_symmetry=1)

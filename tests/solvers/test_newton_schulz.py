@@ -109,7 +109,23 @@ def test_statuses(x64):
     np.testing.assert_array_equal(newton_schulz(jnp.zeros((3, 2))).x, np.zeros((2, 3)))
 
 
+def test_sizes_whose_squares_overflow_or_vanish():
+    for size in (1e25, 1e-25):
+        solution = newton_schulz(jnp.diag(jnp.array([1.0, 2.0])) * size)
+        np.testing.assert_allclose(np.diag(solution.x) * size, [1.0, 0.5], rtol=1e-5)
+
+
+def test_a_target_of_nan_is_no_regression(x64):
+    X = jnp.array([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]])
+    y = jnp.array([[1.0, 3.0, 5.0], [1.0, jnp.nan, 5.0]])
+    with pytest.raises(SolverError, match="newton_schulz_regression: 1 of 2 lanes failed: 1 .nonfinite") as raised:
+        newton_schulz_regression(jnp.stack([X, X]), y)
+    assert raised.value.solution.status.tolist() == [Status.converged, Status.nonfinite]
+
+
 def test_wrong_arguments():
+    with pytest.raises(ValueError, match="newton_schulz: `A` must have a row and a column"):
+        newton_schulz(jnp.ones((0, 2)))
     with pytest.raises(ValueError, match="newton_schulz: `order` must be one of 2, 3; got 4"):
         newton_schulz(jnp.eye(2), order=4)
     with pytest.raises(ValueError, match="`symmetric` must be False for a rectangular A"):

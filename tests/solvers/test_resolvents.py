@@ -128,6 +128,8 @@ def test_product_keeps_the_parts_apart(x64):
 
 
 def test_arguments_outside_their_range():
+    with pytest.raises(ValueError, match=r"psd: `x` must have shape \[..., n, n\]"):
+        resolvents.psd()(jnp.ones((2, 3)), 1.0)
     with pytest.raises(ValueError, match="box: `lower` must be at most `upper`; got"):
         resolvents.box(1.0, 0.0)
     for make, name in ((resolvents.ball, "radius"), (resolvents.l1_ball, "radius"), (resolvents.simplex, "total")):

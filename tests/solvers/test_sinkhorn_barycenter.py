@@ -54,3 +54,7 @@ def test_failure_is_not_missed():
     for measures, weights in ((-p, w), (p * jnp.array([[1.0], [1.0], [1.1]]), w), (p, jnp.array([1.0, 1.0, -0.5]))):
         found = sinkhorn_barycenter(C, measures, weights, 0.05, on_failure="return")
         assert int(found.solution.status) == Status.nonfinite
+    backwards = jax.jit(lambda epsilon: sinkhorn_barycenter(C, p, w, epsilon).solution.status)(-0.05)
+    assert int(backwards) == Status.nonfinite
+    with pytest.raises(TypeError, match="sinkhorn_barycenter: `weights` must have dtype float32 to match `measures`"):
+        sinkhorn_barycenter(C, p, w.astype(jnp.float16), 0.05)

@@ -62,3 +62,5 @@ def test_failure_is_not_missed():
         sinkhorn_divergence(x, y, 0.01, max_steps=1)
     found = sinkhorn_divergence(x, y, 0.01, max_steps=1, on_failure="return")
     assert int(found.status[0]) == Status.max_steps
+    with pytest.raises(ValueError, match="sinkhorn_divergence: `y` must have a point"):
+        sinkhorn_divergence(x, y[:0], 0.01)

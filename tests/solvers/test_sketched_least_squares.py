@@ -74,8 +74,19 @@ def test_statuses(x64):
         solve(A, b)
 
 
+def test_a_matrix_of_few_rows_is_factorised_itself(x64):
+    """A transform of as many rows as A has would give a worse factor than A: this one broke down."""
+    rng = np.random.default_rng(0)
+    A, b = rng.normal(size=(5, 5)), rng.normal(size=5)
+    solution = solve(A, b)
+    np.testing.assert_allclose(solution.x, np.linalg.solve(A, b), rtol=1e-10)
+    assert int(solution.steps) == 1
+
+
 def test_wrong_arguments():
     key = jax.random.key(0)
+    with pytest.raises(ValueError, match="sketched_least_squares: `A` must have a column"):
+        sketched_least_squares(key, jnp.ones((2, 0)), jnp.ones(2))
     with pytest.raises(ValueError, match="sketched_least_squares: `A` must have as many rows as columns"):
         sketched_least_squares(key, jnp.ones((2, 3)), jnp.ones(2))
     with pytest.raises(ValueError, match=r"`rows` must be a Python int in \[d, n\] = \[2, 5\]; got 6"):

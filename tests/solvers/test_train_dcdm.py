@@ -57,6 +57,8 @@ def test_bad_input():
         train_dcdm(*arguments, learning_rate=0.0)
     with pytest.raises(ValueError, match="train_dcdm: `dataset` must have one leading axis"):
         train_dcdm(*arguments[:3], (jnp.ones((4, 3)), jnp.ones((5, 3))), jax.random.key(0))
+    with pytest.raises(ValueError, match="train_dcdm: `dataset` must have a sample"):
+        train_dcdm(*arguments[:3], jnp.ones((0, 3)), jax.random.key(0))
     poisoned = (identity, jnp.ones(()), lambda v: v, jnp.full((4, 3), jnp.nan), jax.random.key(0))
     with pytest.raises(FloatingPointError, match="train_dcdm: the loss must stay finite; got nan at step 0"):
         train_dcdm(*poisoned, steps=8)

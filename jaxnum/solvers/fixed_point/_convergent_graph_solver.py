@@ -50,7 +50,8 @@ def convergent_graph_solver(
       on_failure: as for `jaxnum.fixed_point`.
 
     Returns:
-      A `jaxnum.Solution` whose x is [nodes, heads]. Weights that do not contract end in `max_steps` or `nonfinite`.
+      A `jaxnum.Solution` whose x is [nodes, heads]. Weights that do not contract end in `max_steps` or `nonfinite`,
+      senders and receivers outside the graph in `nonfinite`.
 
     Raises:
       ValueError: gamma outside (0, 1). ShapeError, DtypeError: arrays that do not fit.
@@ -134,7 +135,11 @@ def convergent_graph_solver_weights(
 def _plain(
     x: jax.Array, weights: jax.Array, b: jax.Array, senders: jax.Array, receivers: jax.Array, gamma: jax.Array
 ) -> jax.Array:
-    return gamma * jax.ops.segment_sum(weights * x[receivers], senders, x.shape[0]) + b
+    # Places outside the graph would be clipped, or their edges dropped.
+    n = x.shape[0]
+    inside = (senders >= 0) & (senders < n) & (receivers >= 0) & (receivers < n)
+    weights = jnp.where(inside[:, None], weights, jnp.nan)
+    return gamma * jax.ops.segment_sum(weights * x[receivers], jnp.clip(senders, 0, n - 1), n) + b
 
 
 def _activated(activation: Callable, x: jax.Array, *arguments: jax.Array) -> jax.Array:

@@ -106,7 +106,7 @@ def dcdm_loss(direction: Callable, params: PyTree, A: Callable, b: PyTree) -> ja
       b: right-hand side, a tree of floating-point arrays; average over a batch with `jax.vmap`.
 
     Returns:
-      Real scalar >= 0, differentiable in params.
+      Real scalar >= 0, differentiable in params; 0 for b = 0, 1 for a direction of zero.
 
     Raises:
       TreeError, ShapeError, DtypeError: direction does not return a tree like b.
@@ -123,7 +123,8 @@ def dcdm_loss(direction: Callable, params: PyTree, A: Callable, b: PyTree) -> ja
     d = direction(params, unit)
     checks.same_tree("dcdm_loss", ("b", b), dtypes=True, **{"direction(params, b)": d})
     q = A(d)
-    alpha = trees.vdot(d, unit) / trees.vdot(d, q)
+    curvature = trees.vdot(d, q)
+    alpha = jnp.where(curvature == 0, 0, trees.vdot(d, unit) / jnp.where(curvature == 0, 1, curvature))
     rest = trees.add_scaled(unit, -alpha, q)
     return trees.vdot(rest, rest)
 
@@ -150,7 +151,9 @@ def _step(hyper: _Hyper, x: PyTree, state: DCDMState, problem: Linear) -> tuple[
     useless = jnp.abs(slope) <= jnp.finfo(slope.dtype).eps ** 0.5 * length * size
     p = trees.where(useless, _cg.conjugate(unit, ring, hyper.ring.size), p)
     slope = jnp.where(useless, trees.vdot(p, base.r), slope)
-    x, r, q, pq, mark = _cg.advance(x, p, base, slope, problem)
+    moved, r, q, pq, mark = _cg.advance(x, p, base, slope, problem)
+    # On a look the length is zero, and zero times a direction of NaN is not.
+    x = trees.where(base.look, x, moved)
     rr = trees.vdot(r, r)
     x, _, new = _cg.judge(x, r, pq, rr, rr, mark, base)
     ring = _cg.remember(ring, new._replace(p=r), p, problem.project(q), pq)

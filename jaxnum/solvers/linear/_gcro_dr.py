@@ -15,6 +15,7 @@ from jaxnum.core import precision, trees
 from jaxnum.core.problems import Linear
 from jaxnum.core.solver import Defaults, Measure, Solver
 from jaxnum.core.status import Status
+from jaxnum.solvers.linear import lengths
 from kernels_pallas import checks
 
 PyTree = Any
@@ -91,7 +92,8 @@ def gcro_dr(m: int = 40, k: int = 10, *, recycle: PyTree = None) -> Solver:
       m: Python int >= 1, pairs held.
       k: Python int in [0, m), pairs kept at a restart and handed on.
       recycle: tree [k, ...] over a tree like x, or None. Zero vectors mean none and come last, so that zeros start a
-        `lax.scan` over systems whose carry is `solution.state.recycle`. Array leaves: new ones compile nothing.
+        `lax.scan` over systems whose carry is `solution.state.recycle`; NaN means none at all. Array leaves: new ones
+        compile nothing.
 
     Returns:
       A Solver for `Linear` (give it symmetric=False: the tangents are then solved by LU or GMRES). It stops at
@@ -154,9 +156,11 @@ def _init(hyper: _Hyper, x: PyTree, problem: Linear) -> GCRODRState:
     if hyper.recycle is not None:
         member = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], leaf.dtype), hyper.recycle)
         checks.same_tree("gcro_dr", ("x0", x), dtypes=True, **{"recycle[i]": member})
-        directions = _padded(hyper.recycle, empty)
+        # Of a solve that ended in NaN nothing is of use.
+        good = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(hyper.recycle)]))
+        directions = trees.where(good, _padded(hyper.recycle, empty), empty)
         pending = jnp.sum(jax.vmap(trees.norm)(directions) > 0, dtype=jnp.int32)
-    scale = trees.norm(problem.b)
+    scale = lengths.scale(problem.b)
     gram = jnp.zeros((m, m), jax.eval_shape(trees.inner, x, x).dtype)
     no, none = jnp.bool_(False), jnp.int32(0)
     zero = jnp.zeros_like(scale)
@@ -273,7 +277,8 @@ def _judge(
     # For b = 0 no residual above zero is small relative to ||b||, but the answer is known.
     null = (state.scale == 0) & ~look
     x, r = (jax.tree.map(lambda leaf: jnp.where(null, 0, leaf), tree) for tree in (x, r))
-    return x, r, jnp.where(null, 0, jnp.sqrt(rr)), mark
+    residual, mark = lengths.residual(rr, state.scale, mark)
+    return x, r, jnp.where(null, 0, residual), mark
 
 
 def _coefficients(ring: PyTree, v: PyTree) -> jax.Array:

@@ -23,10 +23,10 @@ def leverage_scores(A: jax.Array, *, rtol: Any = None) -> jax.Array:
       rtol: singular values at most rtol sigma_1 count as zero; real scalar. Default n eps.
 
     Returns:
-      [n] scores.
+      [n] scores; NaN where A holds one, but for rows of zeros.
 
     Raises:
-      ShapeError, DtypeError: A is not a real matrix. ValueError: n < d.
+      ShapeError, DtypeError: A is not a real matrix. ValueError: n < d, or no column.
 
     Cost: 4 n d^2.
 
@@ -46,8 +46,10 @@ def leverage_scores(A: jax.Array, *, rtol: Any = None) -> jax.Array:
     checks.dtype("leverage_scores", "floating", A=A)
     n, d = A.shape
     checks.value("leverage_scores", "A", n >= d, "have as many rows as columns", A.shape, "Every score is 1 below.")
+    checks.value("leverage_scores", "A", d >= 1, "have a column", A.shape)
     Q, R = jnp.linalg.qr(A)
     U, singular, _ = jnp.linalg.svd(R)
     cut = n * jnp.finfo(A.dtype).eps if rtol is None else rtol
-    basis = jnp.where(singular > cut * singular[0], jnp.matmul(Q, U, precision="highest"), 0)
+    # Not `>`: NaN is to be seen.
+    basis = jnp.where(singular <= cut * singular[0], 0, jnp.matmul(Q, U, precision="highest"))
     return jnp.where(jnp.any(A != 0, axis=1), jnp.sum(basis * basis, axis=1), 0)

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxnum.core.batched import solve_batched
+from jaxnum.core import precision, trees
+from jaxnum.core.batched import raise_unless_all_converged, solve_batched
 from jaxnum.core.problem import Problem
-from jaxnum.core.solver import Defaults, Measure, Solution, Solver, solve
+from jaxnum.core.solver import Defaults, Measure, Solution, Solver, raise_unless_converged, solve
 from jaxnum.core.status import Status
 from kernels_pallas import checks
 
@@ -83,7 +84,7 @@ def newton_schulz(
       A `Solution` with x [..., d, n]. `stagnated`: no better for 55 steps, as in float32 from kappa = 1e3 on.
 
     Raises:
-      ValueError: order is neither 2 nor 3, or symmetric with n != d.
+      ValueError: order is neither 2 nor 3, A has no entry, or symmetric with n != d.
       ShapeError, DtypeError: A is not a real matrix.
       SolverError: an eager call that did not converge.
 
@@ -109,6 +110,7 @@ def newton_schulz(
     checks.shape("newton_schulz", A=(A, "*B N D"))
     checks.dtype("newton_schulz", "floating", A=A)
     checks.choice("newton_schulz", "order", order, (2, 3))
+    checks.value("newton_schulz", "A", min(A.shape[-2:]) >= 1, "have a row and a column", A.shape)
     square = A.shape[-1] == A.shape[-2]
     checks.value("newton_schulz", "symmetric", square or not symmetric, "be False for a rectangular A", symmetric)
     solver = Solver(
@@ -153,7 +155,7 @@ def newton_schulz_regression(
       on_failure: "raise" or "return"; see `jaxnum.solve`.
 
     Returns:
-      The `Solution` of the inverse with x = w [..., d] in its place.
+      The `Solution` of the inverse with x = w [..., d] in its place; `nonfinite` where y makes w so.
 
     Raises: see `newton_schulz`; ShapeError, DtypeError: y does not fit X.
 
@@ -175,8 +177,14 @@ def newton_schulz_regression(
     checks.same_dtype(name, X=X, y=y)
     product = partial(jnp.matmul, precision="highest")
     S = product(X.mT, X)
-    solution = newton_schulz(S, order=order, symmetric=True, rtol=rtol, max_steps=max_steps, on_failure=on_failure)
-    return solution._replace(x=product(solution.x, product(X.mT, y[..., None]))[..., 0])
+    solution = newton_schulz(S, order=order, symmetric=True, rtol=rtol, max_steps=max_steps, on_failure="return")
+    w = product(solution.x, product(X.mT, y[..., None]))[..., 0]
+    # The inverse does not see y.
+    lost = (solution.status == Status.converged) & ~jnp.all(jnp.isfinite(w), axis=-1)
+    solution = solution._replace(x=w, status=jnp.where(lost, jnp.int32(Status.nonfinite), solution.status))
+    if on_failure == "raise":
+        (raise_unless_converged if X.ndim == 2 else raise_unless_all_converged)(name, solution)
+    return solution
 
 
 def _start(A: jax.Array) -> jax.Array:
@@ -187,7 +195,7 @@ def _start(A: jax.Array) -> jax.Array:
 
 
 def _init(hyper: None, M: jax.Array, problem: _Inverse) -> NewtonSchulzState:
-    return _look(M, jnp.full((), jnp.inf, M.dtype), jnp.int32(0), problem)
+    return _look(M, jnp.full((), jnp.inf, precision.accumulator(M.dtype)), jnp.int32(0), problem)
 
 
 def _step(hyper: None, M: jax.Array, state: NewtonSchulzState, problem: _Inverse) -> tuple:
@@ -206,7 +214,7 @@ def _turn(M: jax.Array, state: NewtonSchulzState, problem: _Inverse) -> tuple[ja
 def _look(M: jax.Array, best: jax.Array, waited: jax.Array, problem: _Inverse) -> NewtonSchulzState:
     product = jnp.matmul(*((M, problem.A) if M.shape[0] <= M.shape[1] else (problem.A, M)), precision="highest")
     correction = _corrected(M, product, problem)
-    residual, scale = jnp.linalg.norm(correction), jnp.linalg.norm(M)
+    residual, scale = trees.safe_norm(correction), trees.safe_norm(M)
     ratio = residual / jnp.where(scale > 0, scale, 1)
     return NewtonSchulzState(
         correction, product, residual, scale, jnp.minimum(best, ratio), jnp.where(ratio < best, 0, waited)

@@ -44,7 +44,7 @@ def sketched_least_squares(
       b: [n].
       kind: of `sketch`: "srht", "gaussian" or "countsketch". The last is the cheapest, and wants more rows where a few
         rows of A outweigh the rest.
-      rows: Python int >= d, rows of the sketch. Default 4 d, at most n.
+      rows: Python int >= d, rows of the sketch. Default 4 d, at most n, where A itself is factorised.
       rtol: stop at ||B^T (b - A x)|| <= rtol times its value at the start. Default 1e-8 (float64), 1e-5 (float32).
       max_steps: Python int >= 0.
       history: record the residual at every step.
@@ -85,6 +85,7 @@ def sketched_least_squares(
     checks.choice(name, "kind", kind, KINDS)
     n, d = A.shape
     checks.value(name, "A", n >= d, "have as many rows as columns", A.shape)
+    checks.value(name, "A", d >= 1, "have a column", A.shape)
     rows = min(4 * d, n) if rows is None else rows
     ok = isinstance(rows, int) and not isinstance(rows, bool) and d <= rows <= n
     checks.value(name, "rows", ok, f"be a Python int in [d, n] = [{d}, {n}]", rows)
@@ -102,7 +103,9 @@ def sketched_least_squares(
 @partial(jax.jit, static_argnames=("rows", "kind"))
 def _sketched(key: jax.Array, A: jax.Array, b: jax.Array, rows: int, kind: str) -> tuple:
     """The solution of the sketched problem, its R, and whether that has full rank; the identity where it has not."""
-    made = sketch(key, jnp.concatenate([A, b[:, None]], axis=1), rows, kind=kind)
+    whole = jnp.concatenate([A, b[:, None]], axis=1)
+    # As many rows as A has are best left as they are.
+    made = whole if rows == A.shape[0] else sketch(key, whole, rows, kind=kind)
     Q, R = jnp.linalg.qr(made[:, :-1])
     diagonal = jnp.abs(jnp.diagonal(R))
     full = jnp.min(diagonal) > R.shape[0] * jnp.finfo(A.dtype).eps * jnp.max(diagonal)

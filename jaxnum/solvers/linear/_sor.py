@@ -15,7 +15,7 @@ from jaxnum.core.operators import DiaOperator, EllOperator
 from jaxnum.core.problems import Linear
 from jaxnum.core.solver import Measure, Solver
 from jaxnum.core.status import Status
-from jaxnum.solvers.linear import sweeps
+from jaxnum.solvers.linear import lengths, sweeps
 from jaxnum.solvers.linear.sweeps import Colours, Schedule
 from kernels_pallas import checks
 
@@ -148,7 +148,7 @@ def begin_sweeps(function: str, hyper: SorHyper, x: jax.Array, problem: Linear) 
     checks.value(function, "preconditioner", absent, "be None: the sweep is one", "one", remedy)
     broken = sweeps.split(problem.A, hyper.omega, hyper.schedule).broken
     mark = jnp.where(broken, jnp.int32(Status.breakdown), jnp.int32(0))
-    return SorState(trees.sub(problem.b, problem.matvec(x)), trees.norm(problem.b), mark)
+    return SorState(trees.sub(problem.b, problem.matvec(x)), lengths.scale(problem.b), mark)
 
 
 def _init(hyper: SorHyper, x: jax.Array, problem: Linear) -> SorState:
@@ -164,4 +164,5 @@ def _step(hyper: SorHyper, x: jax.Array, state: SorState, problem: Linear) -> tu
 
 def measure_sweep(hyper: SorHyper, x: jax.Array, state: SorState, problem: Linear) -> Measure:
     """||b - A x|| beside ||b||."""
-    return Measure(trees.norm(state.r), state.scale, state.mark)
+    residual, mark = lengths.residual(trees.vdot(state.r, state.r), state.scale, state.mark)
+    return Measure(residual, state.scale, mark)

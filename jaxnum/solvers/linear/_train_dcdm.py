@@ -111,6 +111,7 @@ def train_dcdm(
     dataset, params = (trees.strong(jax.tree.map(jnp.asarray, tree)) for tree in (dataset, params))
     sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(dataset)}
     checks.value(name, "dataset", len(sizes) == 1 and () not in sizes, "have one leading axis of samples", sizes)
+    checks.value(name, "dataset", sizes != {(0,)}, "have a sample", sizes)
     operator = functions.trace(functions.as_function(A), jax.tree.map(lambda leaf: leaf[0], dataset))
     hook = progress_.resolve(name, progress)
     samples = jax.tree.leaves(dataset)[0].shape[0]

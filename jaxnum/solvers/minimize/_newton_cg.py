@@ -48,7 +48,8 @@ def newton_cg(*, inner_steps: int = 50) -> Solver:
 
     Returns:
       A Solver for `Minimize`. It stops at |gradient| <= atol + rtol (scale 1, as the gtol of scipy.optimize).
-      `stagnated`: no step along d decreases f, up to rounding.
+      `stagnated`: no step along d decreases f, up to rounding. A saddle or a maximum that it starts from meets the
+      tolerance too: the Hessian is not asked.
 
     Raises:
       ValueError: inner_steps below 1; at the solve, the problem has a resolvent.

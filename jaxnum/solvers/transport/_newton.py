@@ -134,7 +134,7 @@ def newton(
 
     Cost: a step takes four passes over the cost, of which one forms the plan [n, m], kept for the whole step. "cg":
       two products with the plan an iteration, at most 2000; "direct": n m^2 + m^3 / 3 multiplications. Few columns are
-      better than few rows. Ten to thirty steps after 20 sweeps, whatever epsilon.
+      better than few rows. Ten to thirty steps after 20 sweeps down to epsilon = 1e-3 max C; a hundred at 1e-4.
       "sparse": as a rule one selection in a solve, which costs about two passes, then three passes a step and no
       plan; products with 128 entries a row take a tenth of the time of those with the plan at n = m = 4000 on a CPU.
       All of Newton's stage took half the time at n = 3000 and 4000 in the plane, a third with a `PointCloudCost`, and

@@ -59,8 +59,8 @@ def sinkhorn_barycenter(
       on_failure: "raise" or "return", as in `jaxnum.solve`.
 
     Returns:
-      A `SinkhornBarycenter`. Measures that are negative, of no mass or of different masses, and negative weights, end
-      as `nonfinite`.
+      A `SinkhornBarycenter`. Measures that are negative, of no mass or of different masses, negative weights, and a
+      traced epsilon that is not positive, end as `nonfinite`.
 
     Raises:
       ValueError, ShapeError, DtypeError: arguments that do not fit, at trace time.
@@ -88,6 +88,7 @@ def sinkhorn_barycenter(
     n, m = cost.shape
     checks.shape(name, measures=(measures, f"k {n}"), weights=(weights, "k"), epsilon=(epsilon, ""))
     checks.dtype(name, "floating", measures=measures, weights=weights)
+    checks.same_dtype(name, measures=measures, weights=weights)
     if not checks.traced(epsilon):
         checks.value(name, "epsilon", float(epsilon) > 0, "be positive", epsilon)
     args = (cost, measures, weights, jnp.asarray(epsilon, measures.dtype))
@@ -122,7 +123,7 @@ def _project(
     held = measures > 0
     masses = jax.lax.stop_gradient(jnp.sum(measures, axis=1))
     slack = 4 * precision.attainable(measures) * measures.shape[1] ** 0.5
-    sound = (jnp.max(masses) - jnp.min(masses) <= slack * jnp.max(masses)) & jnp.all(weights >= 0)
+    sound = (jnp.max(masses) - jnp.min(masses) <= slack * jnp.max(masses)) & jnp.all(weights >= 0) & (epsilon > 0)
     weights = jnp.where(sound, weights, jnp.nan)
     logs = jnp.log(jnp.where(held | (measures < 0) | jnp.isnan(measures), measures, 1))
     u = logs - jax.vmap(lambda row: cost.lse_rows(row, epsilon))(v)

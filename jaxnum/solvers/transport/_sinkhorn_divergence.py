@@ -90,6 +90,8 @@ def sinkhorn_divergence(
     name = "sinkhorn_divergence"
     checks.shape(name, x=(x, "n d"), y=(y, "m d"))
     checks.dtype(name, "floating", x=x, y=y)
+    for argument, cloud in (("x", x), ("y", y)):
+        checks.value(name, argument, cloud.shape[0] > 0, "have a point", cloud.shape)
     a, b = (jnp.full(p.shape[0], 1 / p.shape[0], p.dtype) if w is None else w for p, w in ((x, a), (y, b)))
     solver = sinkhorn() if solver is None else solver
     pairs = ((x, y, a, b), (x, x, a, a), (y, y, b, b))
