@@ -111,6 +111,7 @@ EXEMPT = {
     "geometric_median": "figures in the row of winsorized_mean",
     "m_coherence": "two sums over what per-example gradients cost",
     "m_coherence_stream": "two sums over what per-example gradients cost",
+    "harp": "figures in the row of n_igt",
     "lion": "optax's step, scaled",
     "lion_from_adamw": "two numbers",
     "adamw_independent": "optax's adamw with its last two steps changed",

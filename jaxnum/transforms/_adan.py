@@ -170,7 +170,7 @@ def adan_restart(state: PyTree) -> PyTree:
     def is_adan(node: Any) -> bool:
         return isinstance(node, AdanState)
 
-    found = any(is_adan(node) for node in jax.tree.leaves(state, is_leaf=is_adan))
+    found = bool(moments.states(state, AdanState))
     checks.value("adan_restart", "state", found, "hold an AdanState", type(state).__name__, "Pass adan's state.")
     return jax.tree.map(
         lambda node: jax.tree.map(jnp.zeros_like, node) if is_adan(node) else node, state, is_leaf=is_adan

@@ -37,3 +37,15 @@ def one_minus_power(decay: Any, count: jax.Array) -> jax.Array:
     else:
         logarithm = jnp.log(decay)
     return -jnp.expm1(count * logarithm)
+
+
+def norm_or_one(tree: Any) -> jax.Array:
+    """Euclidean norm of a whole tree, and 1 where it is 0: a divisor."""
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
+    return jnp.where(norm == 0, 1.0, norm)
+
+
+def states(tree: Any, kind: type) -> list[Any]:
+    """Every state of a kind in the state of an optimiser, however it is nested."""
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in nodes if isinstance(node, kind)]

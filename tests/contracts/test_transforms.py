@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from jaxnum.curvature import gauss_newton_bartlett, hutchinson
-from jaxnum.transforms import adamw_independent, adan, lion, record_norms, sophia, strict
+from jaxnum.transforms import adamw_independent, adan, harp, lion, n_igt, record_norms, sophia, strict
 from tests.contracts import transform
 from tests.contracts.transform import TransformMember
 
@@ -17,6 +17,11 @@ def strict_adam(learning_rate):
 
 def strict_sgd(learning_rate, momentum):
     return strict(optax.sgd(learning_rate, momentum), name="sgd")
+
+
+def slowing_igt(learning_rate, eta_power):
+    """What a loop holds is the transported point, which comes to rest with the steps."""
+    return n_igt(lambda count: 10 * learning_rate / (count + 10), eta_power=eta_power)
 
 
 def recorded_sgd(learning_rate, momentum):
@@ -35,6 +40,10 @@ TRANSFORMS = [
     TransformMember("adan", adan, {"learning_rate": 0.02, "b1": 0.9, "weight_decay": 1e-3}),
     TransformMember("adamw_independent", adamw_independent, {"peak": 0.05, "weight_decay": 1e-4}),
     TransformMember("lion", lion, {"learning_rate": 0.02, "weight_decay": 1e-3}),
+    TransformMember("n_igt", slowing_igt, {"learning_rate": 0.2, "eta_power": 0.5}),
+    TransformMember(
+        "harp", harp, {"learning_rate": 0.05}, {"key": jax.random.key(0)}, lambda loss, residuals: {"obj_fn": loss}
+    ),
     TransformMember("recorded_sgd", recorded_sgd, {"learning_rate": 0.0005, "momentum": 0.99}),
     TransformMember("strict_adam", strict_adam, {"learning_rate": 0.05}),
     TransformMember("strict_sgd", strict_sgd, {"learning_rate": 0.0005, "momentum": 0.99}),
