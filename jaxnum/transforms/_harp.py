@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -123,13 +124,11 @@ def _scale_by_harp(
         given = obj_fn is not None or hvp_fn is not None
         remedy = "Call update(updates, state, params, obj_fn=loss)."
         checks.value(function, "obj_fn", given, "be given, or hvp_fn", None, remedy)
+        product_of = partial(_product, obj_fn) if hvp_fn is None else hvp_fn
         q = jax.random.uniform(jax.random.fold_in(key, state.count))
         between = jax.tree.map(lambda p, old: (q * p + (1 - q) * old).astype(p.dtype), params, state.previous)
         change = jax.tree.map(jnp.subtract, params, state.previous)
-        if hvp_fn is not None:
-            product = hvp_fn(between, change)
-        else:
-            product = jax.jvp(jax.grad(obj_fn), (between,), (change,))[1]
+        product = product_of(between, change)
         checks.same_tree(function, ("params", params), dtypes=False, remedy="", **{"hvp_fn(...)": product})
         eta = (2 / (jnp.asarray(state.count, float) + 2)) ** eta_power
 
@@ -143,3 +142,8 @@ def _scale_by_harp(
 
     # optax types every state as any tree.
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _product(obj_fn: Any, point: PyTree, vector: PyTree) -> PyTree:
+    """The Hessian of obj_fn at a point, times a vector."""
+    return jax.jvp(jax.grad(obj_fn), (point,), (vector,))[1]
