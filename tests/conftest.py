@@ -27,13 +27,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker("once")
 
 
-@pytest.fixture(autouse=True)
-def few_memory_maps():
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
     """Drop compiled programs before Linux refuses more memory maps, of which each program holds several.
 
     A process may hold 65,530; beyond them, compilation aborts the worker. The contracts alone come to more.
     """
-    yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
         jax.clear_caches()
