@@ -38,7 +38,8 @@ def never_reports(hyper, x, state, problem):
 
 def hides_nan(hyper, x, state, problem):
     m = picard().measure(hyper, x, state, problem)
-    return m._replace(residual=jnp.where(jnp.isnan(m.residual), 1.0, m.residual))
+    residual, scale = (jnp.where(jnp.isnan(value), 1.0, value) for value in (m.residual, m.scale))
+    return m._replace(residual=residual, scale=scale)
 
 
 def asks_the_host(hyper, x, state, problem):
