@@ -14,6 +14,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MODES = ("fwd", "fwd_bwd", "solve", "step")
+# Packages whose public functions are methods.
+ROOMS = (
+    "jaxnum.transforms",
+    "jaxnum.schedules",
+    "jaxnum.solvers",
+    "jaxnum.curvature",
+    "jaxnum.sequence",
+    "kernels_pallas",
+)
 METRICS = ("ratio", "speedup", "compile_ratio", "error", "figure")
 
 Params = Mapping[str, Any]
@@ -203,14 +212,7 @@ def shapes(name: str) -> Mapping[str, Params]:
 def public_methods() -> set[str]:
     """Names of every public function of the rooms."""
     names = set()
-    for package in (
-        "jaxnum.transforms",
-        "jaxnum.schedules",
-        "jaxnum.solvers",
-        "jaxnum.curvature",
-        "jaxnum.sequence",
-        "kernels_pallas",
-    ):
+    for package in ROOMS:
         module = importlib.import_module(package)
         listed = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
         for name in listed:

@@ -7,16 +7,10 @@ import types
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.registry import ROOMS as ROOMS
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("jaxnum", "kernels_pallas")
-ROOMS = (
-    "jaxnum.transforms",
-    "jaxnum.schedules",
-    "jaxnum.solvers",
-    "jaxnum.curvature",
-    "jaxnum.sequence",
-    "kernels_pallas",
-)
 
 
 class Name(NamedTuple):

@@ -9,23 +9,15 @@ import pytest
 from jaxnum.schedules import wsd
 from jaxnum.transforms import adamw_independent
 from tests.tolerances import tolerance
-
-
-def follow(optimiser, gradients, x):
-    def step(carry, g):
-        x, state = carry
-        updates, state = optimiser.update(g, state, x)
-        return (optax.apply_updates(x, updates), state), None
-
-    return jax.jit(lambda x, g: jax.lax.scan(step, (x, optimiser.init(x)), g))(x, gradients)[0][0]
+from tests.transforms.trajectories import follow
 
 
 def test_decay_does_not_know_the_learning_rate(x64):
     x, nothing = jnp.array([3.0, -2.0]), jnp.zeros((50, 2))
     for peak in (1e-4, 1.0):
-        got = follow(adamw_independent(peak, weight_decay=0.02), nothing, x)
+        got = follow(adamw_independent(peak, weight_decay=0.02), nothing, x)[0][0]
         np.testing.assert_allclose(got, x * 0.98**50, rtol=1e-12)
-        theirs = follow(optax.adamw(peak, weight_decay=0.02), nothing, x)
+        theirs = follow(optax.adamw(peak, weight_decay=0.02), nothing, x)[0][0]
         np.testing.assert_allclose(theirs, x * (1 - 0.02 * peak) ** 50, rtol=1e-12)
 
 
@@ -33,9 +25,9 @@ def test_without_decay_it_is_clipped_adam_and_with_it_the_schedule_scales_both(k
     gradients, x = 3 * jax.random.normal(key, (20, 4)), jnp.ones(4)
     share = wsd(1.0, 20, 4, 8)
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lambda t: 0.1 * share(t), b2=0.95))
-    got = follow(adamw_independent(0.1, share, weight_decay=0.0), gradients, x)
-    np.testing.assert_allclose(got, follow(adam, gradients, x), rtol=tolerance("float32", 20))
-    decayed = follow(adamw_independent(0.1, share, weight_decay=0.01), jnp.zeros((20, 4)), x)
+    got = follow(adamw_independent(0.1, share, weight_decay=0.0), gradients, x)[0][0]
+    np.testing.assert_allclose(got, follow(adam, gradients, x)[0][0], rtol=tolerance("float32", 20))
+    (decayed, _), _ = follow(adamw_independent(0.1, share, weight_decay=0.01), jnp.zeros((20, 4)), x)
     want = np.prod([1 - 0.01 * float(share(t)) for t in range(20)])
     np.testing.assert_allclose(decayed, want * x, rtol=tolerance("float32", 20))
 

@@ -9,6 +9,7 @@ import pytest
 from jaxnum.transforms import adan, adan_restart, scale_by_adan
 from kernels_pallas.checks import DtypeError
 from tests.tolerances import tolerance
+from tests.transforms.trajectories import follow
 
 DECAYS = {"b1": 0.98, "b2": 0.92, "b3": 0.99}
 
@@ -27,15 +28,6 @@ def transcription(gradients, x, rate, decay, proximal, limit, eps=1e-8):
         u = m / (1 - b1**k) / root + b2 * v / (1 - b2**k) / root
         x = (x - rate * u) / (1 + rate * decay) if proximal else x * (1 - rate * decay) - rate * u
     return x
-
-
-def follow(optimiser, gradients, x):
-    def step(carry, g):
-        x, state = carry
-        updates, state = optimiser.update(g, state, x)
-        return (optax.apply_updates(x, updates), state), updates
-
-    return jax.jit(lambda x, g: jax.lax.scan(step, (x, optimiser.init(x)), g))(x, gradients)
 
 
 @pytest.mark.parametrize("decay", ["proximal", "decoupled"])

@@ -7,15 +7,7 @@ import optax
 import pytest
 
 from jaxnum.transforms import lion, lion_from_adamw
-
-
-def follow(optimiser, gradients, x):
-    def step(carry, g):
-        x, state = carry
-        updates, state = optimiser.update(g, state, x)
-        return (optax.apply_updates(x, updates), state), updates
-
-    return jax.jit(lambda x, g: jax.lax.scan(step, (x, optimiser.init(x)), g))(x, gradients)
+from tests.transforms.trajectories import follow
 
 
 def test_equals_optax_bit_for_bit(key):
