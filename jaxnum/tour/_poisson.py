@@ -11,7 +11,7 @@ import numpy as np
 
 import jaxnum
 from jaxnum import solvers
-from jaxnum.tour.stop import BLUE, ORANGE, Picture, Stop, curves, figure, image
+from jaxnum.tour.stop import BLUE, GREEN, ORANGE, Picture, Stop, curves, figure, image
 
 
 def poisson(*, n: int = 256, rtol: float = 1e-10, side: int = 16, steps: int = 320) -> Stop:
@@ -74,18 +74,31 @@ def poisson(*, n: int = 256, rtol: float = 1e-10, side: int = 16, steps: int = 3
                 " / ".join(f"{1e3 * t:.1f}" for t in learned.times),
             ),
         ),
-        pictures=(_picture(b, plain, quick),),
+        pictures=(_picture(b, plain, quick, learned),),
     )
 
 
 class _Learned(NamedTuple):
-    """Steps of three solves of one system, the seconds of each, and those of the training."""
+    """Relative residuals of three solves of one system, the seconds of each, and those of the training."""
 
-    plain: int
-    ssor: int
-    deep: int
+    residuals: tuple[np.ndarray, ...]
     times: tuple[float, ...]
     seconds: float
+
+    @property
+    def plain(self) -> int:
+        """Steps of conjugate gradients."""
+        return self.residuals[0].size
+
+    @property
+    def ssor(self) -> int:
+        """Steps with an SSOR preconditioner."""
+        return self.residuals[1].size
+
+    @property
+    def deep(self) -> int:
+        """Steps along trained directions."""
+        return self.residuals[2].size
 
     @property
     def dearer(self) -> float:
@@ -114,16 +127,18 @@ def _learned(side: int, steps: int) -> _Learned:
     sweep = solvers.ssor_preconditioner(jaxnum.sparse_operator(_matrix(n).astype(np.float32)), omega)
     ssor = lambda r: sweep.matvec(r.ravel()).reshape(n, n)  # noqa: E731
     runs = ({}, {"preconditioner": ssor}, {"solver": deep})
-    counts, times = [], []
+    residuals, times = [], []
     for options in runs:
         solve = jax.jit(
-            lambda b, options=options: jaxnum.linear_solve(unit_laplacian, b, rtol=_LEARNED_RTOL, **options)
+            lambda b, options=options: jaxnum.linear_solve(
+                unit_laplacian, b, rtol=_LEARNED_RTOL, history=True, max_steps=10 * n, **options
+            )
         )
-        counts.append(int(solve(b).steps))
+        residuals.append(_residuals(solve(b), b))
         begin = time.perf_counter()
         jax.block_until_ready(solve(b))
         times.append(time.perf_counter() - begin)
-    return _Learned(*counts, tuple(times), seconds)
+    return _Learned(tuple(residuals), tuple(times), seconds)
 
 
 def unit_laplacian(u: jax.Array) -> jax.Array:
@@ -224,8 +239,13 @@ def _final(solution: jaxnum.Solution, b: jax.Array) -> float:
     return float(solution.residual) / float(np.linalg.norm(np.asarray(b)))
 
 
-def _picture(b: jax.Array, plain: jaxnum.Solution, quick: jaxnum.Solution) -> Picture:
-    canvas, (left, right) = figure(1, 2, size=(9.5, 4.0))
+def _residuals(solution: jaxnum.Solution, b: jax.Array) -> np.ndarray:
+    """Relative residuals after each step, without that of the start."""
+    return np.asarray(solution.history)[1 : int(solution.steps) + 1] / float(np.linalg.norm(np.asarray(b)))
+
+
+def _picture(b: jax.Array, plain: jaxnum.Solution, quick: jaxnum.Solution, learned: _Learned) -> Picture:
+    canvas, (left, middle, right) = figure(1, 3, size=(14.0, 4.0))
     u = np.asarray(quick.x)
     top = np.abs(u).max()
     shown = left.imshow(u, cmap="RdBu_r", vmin=-top, vmax=top, extent=(0, 1, 1, 0))
@@ -233,18 +253,21 @@ def _picture(b: jax.Array, plain: jaxnum.Solution, quick: jaxnum.Solution) -> Pi
     left.contour(centres, centres, u, levels=np.linspace(-top, top, 22), colors="#2a2f38", linewidths=0.4)
     image(left, "potential u and its equipotential lines")
     canvas.colorbar(shown, ax=left, shrink=0.9).ax.tick_params(labelsize=9)
-    scale = float(np.linalg.norm(np.asarray(b)))
-    for solution, label, colour in ((plain, "CG", ORANGE), (quick, "CG, multigrid V-cycle", BLUE)):
-        residuals = np.asarray(solution.history)[1 : int(solution.steps) + 1] / scale
-        right.plot(
-            np.arange(1, residuals.size + 1),
-            residuals,
-            ".-" if residuals.size < 50 else "-",
-            color=colour,
-            label=f"{label}: {int(solution.steps)} steps",
-            linewidth=1.3,
-        )
-    right.set_xscale("log")
-    right.set_ylim(bottom=float(quick.residual) / scale / 1e3)
-    curves(right, "residual, step by step", "step", "||b - A x|| / ||b||", legend="lower left")
-    return Picture("poisson", canvas, "Left: the computed potential. Right: relative residual of both solves.")
+    _draw(middle, (_residuals(plain, b), _residuals(quick, b)), ("CG", "CG, multigrid V-cycle"))
+    curves(middle, "residual, step by step", "step", "||b - A x|| / ||b||", legend="lower left")
+    _draw(right, learned.residuals, ("CG", "CG, SSOR", "dcdm, trained directions"))
+    curves(right, "a smaller grid, a looser tolerance", "step", "||b - A x|| / ||b||", legend="lower left")
+    caption = (
+        "Left: the computed potential. Middle: relative residuals of both solves. Right: beside a trained network."
+    )
+    return Picture("poisson", canvas, caption)
+
+
+def _draw(axes: Any, runs: tuple[np.ndarray, ...], labels: tuple[str, ...]) -> None:
+    """Residuals of several solves, with room below them for the legend."""
+    for residuals, label, colour in zip(runs, labels, (ORANGE, BLUE, GREEN), strict=False):
+        style = ".-" if residuals.size < 50 else "-"
+        steps = np.arange(1, residuals.size + 1)
+        axes.plot(steps, residuals, style, color=colour, label=f"{label}: {residuals.size} steps", linewidth=1.3)
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=min(residuals[-1] for residuals in runs) / 1e3)
