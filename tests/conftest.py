@@ -1,14 +1,9 @@
 import os
 from pathlib import Path
 
-# Eight virtual devices for the sharding tests; no accelerator is asked for. Set before jax starts a backend. Most of a
-# test's time is compilation, and unoptimised machine code compiles in 0.6 of the time; flags that stand already win.
+# Eight virtual devices for the sharding tests; no accelerator is asked for. Set before jax starts a backend.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 "
-    + os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
-)
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
 import pytest
@@ -16,6 +11,15 @@ import pytest
 # The oracles of single methods: numbers, which do not change with the version of jax. What a version may break is
 # compiled and run by the contracts, the doctests and the tests marked `every_jax`.
 ORACLES = {"curvature", "kernels_pallas", "schedules", "sequence", "solvers", "transforms"}
+
+
+def pytest_configure(config):
+    """Compile tests unoptimised, which takes 0.6 of the time; slow ones run longer than they compile.
+
+    Flags that stand in the environment win.
+    """
+    if not config.option.markexpr.startswith("slow"):
+        os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ["XLA_FLAGS"]
 
 
 @pytest.hookimpl(tryfirst=True)
