@@ -18,6 +18,7 @@ MODES = ("fwd", "fwd_bwd", "solve", "step")
 ROOMS = (
     "jaxnum.transforms",
     "jaxnum.schedules",
+    "jaxnum.training",
     "jaxnum.solvers",
     "jaxnum.curvature",
     "jaxnum.sequence",

@@ -4,6 +4,7 @@ from jaxnum import curvature as curvature
 from jaxnum import schedules as schedules
 from jaxnum import sequence as sequence
 from jaxnum import solvers as solvers
+from jaxnum import training as training
 from jaxnum import transforms as transforms
 from jaxnum.core.batched import solve_batched as solve_batched
 from jaxnum.core.costs import DenseCost as DenseCost

@@ -10,7 +10,7 @@ import pytest
 
 # The oracles of single methods: numbers, which do not change with the version of jax. What a version may break is
 # compiled and run by the contracts, the doctests and the tests marked `every_jax`.
-ORACLES = {"curvature", "kernels_pallas", "schedules", "sequence", "solvers", "transforms"}
+ORACLES = {"curvature", "kernels_pallas", "schedules", "sequence", "solvers", "training", "transforms"}
 
 
 def pytest_configure(config):

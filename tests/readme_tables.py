@@ -24,6 +24,7 @@ HEADINGS = {
     "jaxnum": "Verbs, and what drives them",
     "jaxnum.transforms": "Gradient transforms",
     "jaxnum.schedules": "Schedules",
+    "jaxnum.training": "Around a training run",
     "jaxnum.solvers": "Solvers, and what composes them",
     "jaxnum.curvature": "Curvature",
     "jaxnum.sequence": "Sequence layers, and what they are made of",

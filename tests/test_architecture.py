@@ -131,7 +131,7 @@ def skeleton(tmp_path_factory):
     files = ["kernels_pallas/checks.py", "kernels_pallas/_attention/__init__.py", "jaxnum/verbs.py"]
     files += [
         f"jaxnum/{room}/{file}.py"
-        for room in ("transforms", "schedules", "solvers", "curvature", "sequence", "core")
+        for room in ("transforms", "schedules", "solvers", "curvature", "sequence", "training", "core")
         for file in "ab"
     ]
     for file in [*files, "jaxnum/tour/a.py"]:
@@ -216,7 +216,7 @@ def test_one_name_finds_file_test_and_row(name):
 
 
 def test_every_file_of_a_method_gives_a_public_name():
-    rooms = {"transforms", "schedules", "solvers", "curvature", "sequence"}
+    rooms = {"transforms", "schedules", "solvers", "curvature", "sequence", "training"}
     files = {
         path.stem[1:]
         for m, path in source.modules()

@@ -5,45 +5,53 @@ Every factory returns an `optax.GradientTransformationExtraArgs` and goes wherev
 optax transformation the argument checks that these have built in.
 """
 
-from jaxnum.transforms._adamw_independent import adamw_independent
-from jaxnum.transforms._adan import AdanState, adan, adan_restart, scale_by_adan
-from jaxnum.transforms._geometric_median import geometric_median
-from jaxnum.transforms._harp import HarpState, harp, scale_by_harp
-from jaxnum.transforms._lion import lion, lion_from_adamw
-from jaxnum.transforms._m_coherence import CoherenceState, m_coherence, m_coherence_stream
-from jaxnum.transforms._median_of_means import median_of_means
-from jaxnum.transforms._n_igt import NIgtState, n_igt, n_igt_params
-from jaxnum.transforms._record_norms import NormsState, record_norms
-from jaxnum.transforms._sophia import SophiaState, scale_by_sophia, sophia
-from jaxnum.transforms._strict import strict
-from jaxnum.transforms._trimmed_mean import trimmed_mean
-from jaxnum.transforms._winsorized_mean import winsorized_mean
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "HarpState",
-    "harp",
-    "scale_by_harp",
-    "NIgtState",
-    "n_igt",
-    "n_igt_params",
-    "adamw_independent",
-    "lion",
-    "lion_from_adamw",
-    "CoherenceState",
-    "geometric_median",
-    "m_coherence",
-    "m_coherence_stream",
-    "median_of_means",
-    "trimmed_mean",
-    "winsorized_mean",
-    "AdanState",
-    "NormsState",
-    "SophiaState",
-    "adan",
-    "adan_restart",
-    "record_norms",
-    "scale_by_adan",
-    "scale_by_sophia",
-    "sophia",
-    "strict",
-]
+from kernels_pallas import lazy
+
+if TYPE_CHECKING:
+    from jaxnum.transforms._adamw_independent import adamw_independent as adamw_independent
+    from jaxnum.transforms._adan import AdanState as AdanState
+    from jaxnum.transforms._adan import adan as adan
+    from jaxnum.transforms._adan import adan_restart as adan_restart
+    from jaxnum.transforms._adan import scale_by_adan as scale_by_adan
+    from jaxnum.transforms._geometric_median import geometric_median as geometric_median
+    from jaxnum.transforms._harp import HarpState as HarpState
+    from jaxnum.transforms._harp import harp as harp
+    from jaxnum.transforms._harp import scale_by_harp as scale_by_harp
+    from jaxnum.transforms._lion import lion as lion
+    from jaxnum.transforms._lion import lion_from_adamw as lion_from_adamw
+    from jaxnum.transforms._m_coherence import CoherenceState as CoherenceState
+    from jaxnum.transforms._m_coherence import m_coherence as m_coherence
+    from jaxnum.transforms._m_coherence import m_coherence_stream as m_coherence_stream
+    from jaxnum.transforms._median_of_means import median_of_means as median_of_means
+    from jaxnum.transforms._n_igt import NIgtState as NIgtState
+    from jaxnum.transforms._n_igt import n_igt as n_igt
+    from jaxnum.transforms._n_igt import n_igt_params as n_igt_params
+    from jaxnum.transforms._record_norms import NormsState as NormsState
+    from jaxnum.transforms._record_norms import record_norms as record_norms
+    from jaxnum.transforms._sophia import SophiaState as SophiaState
+    from jaxnum.transforms._sophia import scale_by_sophia as scale_by_sophia
+    from jaxnum.transforms._sophia import sophia as sophia
+    from jaxnum.transforms._strict import strict as strict
+    from jaxnum.transforms._trimmed_mean import trimmed_mean as trimmed_mean
+    from jaxnum.transforms._winsorized_mean import winsorized_mean as winsorized_mean
+
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    {
+        "._adamw_independent": ("adamw_independent",),
+        "._adan": ("AdanState", "adan", "adan_restart", "scale_by_adan"),
+        "._geometric_median": ("geometric_median",),
+        "._harp": ("HarpState", "harp", "scale_by_harp"),
+        "._lion": ("lion", "lion_from_adamw"),
+        "._m_coherence": ("CoherenceState", "m_coherence", "m_coherence_stream"),
+        "._median_of_means": ("median_of_means",),
+        "._n_igt": ("NIgtState", "n_igt", "n_igt_params"),
+        "._record_norms": ("NormsState", "record_norms"),
+        "._sophia": ("SophiaState", "scale_by_sophia", "sophia"),
+        "._strict": ("strict",),
+        "._trimmed_mean": ("trimmed_mean",),
+        "._winsorized_mean": ("winsorized_mean",),
+    },
+)
