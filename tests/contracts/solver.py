@@ -84,6 +84,12 @@ SOLVERS = [
         FiniteSumCase(),
         variant=True,
     ),
+    SolverMember(
+        "restarted inexact_halpern",
+        lambda: jaxnum.solvers.restarted(jaxnum.solvers.inexact_halpern(jax.random.key(0), 2.0)),
+        FiniteSumCase(),
+        variant=True,
+    ),
 ]
 
 TIGHT = {"rtol": 1e-13, "atol": 1e-13}
