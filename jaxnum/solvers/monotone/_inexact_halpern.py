@@ -100,9 +100,9 @@ def inexact_halpern(
 
     Returns:
       A Solver for `FiniteSum`. It stops at ||F(J_k) + g|| <= atol + rtol L ||J_k||, both exact, and returns J_k: this
-      is ||u_k - J_k|| / eta up to the accuracy of the resolvent. `breakdown`: the inner loop reached its limit before
-      its test held, as it does where F + G is not monotone. A far too small L ends `nonfinite` with the last finite
-      J_k. `Solution.state.calls` counts the terms evaluated, exactly.
+      is ||u_k - J_k|| / eta up to the accuracy of the resolvent. With max_steps=0 it returns J_0. `breakdown`: the
+      inner loop reached its limit before its test held, as it does where F + G is not monotone. A far too small L ends
+      `nonfinite` with the last finite J_k. `Solution.state.calls` counts the terms evaluated, exactly.
 
     Raises:
       ValueError: lipschitz, step or accuracy not above 0, inner_limit below 1.
