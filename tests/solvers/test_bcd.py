@@ -148,6 +148,8 @@ def test_bad_options(options, match):
 
 def test_bounds_and_blocks_of_another_size():
     f, x = lambda x: jnp.sum(x**2), jnp.ones(3)  # noqa: E731
+    with pytest.raises(ValueError, match="bcd: `lipschitz` must be greater than 0 everywhere; got -1.0"):
+        bcd(lipschitz=jnp.array([1.0, -1.0]))
     with pytest.raises(ValueError, match=r"bcd: `hessian` must have shape \(3, 3\); got \(2, 2\)"):
         jaxnum.solve(bcd(hessian=np.eye(2)), x, Minimize(f))
     with pytest.raises(ValueError, match="bcd: `blocks` must hold the 3 entries of x; got 2 coordinates"):

@@ -130,8 +130,8 @@ def bcd(
 
     Raises:
       ValueError: an unknown option, an option that the rule needs is missing, options that do not go together, a block
-        is empty, a coordinate is in no block; at the solve, an option does not fit a problem with a resolvent, or one
-        without.
+        is empty, a coordinate is in no block, a bound of `lipschitz` is not positive; at the solve, an option does not
+        fit a problem with a resolvent, or one without.
       ShapeError, DtypeError: an array has the wrong shape or dtype; at the solve, one does not fit x.
 
     Cost: one gradient of f a step (f is any function, so a partial gradient costs no less), and for "newton" tau
@@ -178,6 +178,9 @@ def bcd(
     if lipschitz is not None:
         checks.shape("bcd", lipschitz=(lipschitz, "D"))
         lipschitz = jnp.asarray(lipschitz)
+        if not checks.traced(lipschitz):
+            least = float(jnp.min(lipschitz, initial=jnp.inf))
+            checks.value("bcd", "lipschitz", least > 0, "be greater than 0 everywhere", least)
     coordinates = None
     if isinstance(blocks, Forest):
         coordinates = rules.check_forests(blocks, selection, update)
