@@ -1,4 +1,4 @@
-"""Stop: handwritten digits by a small network, trained by Sophia and by AdamW."""
+"""Stop: handwritten digits by a small network, trained by AdamW, Adan, Sophia and MKOR."""
 
 from __future__ import annotations
 
@@ -12,17 +12,12 @@ import numpy as np
 import optax
 
 from jaxnum.curvature import gauss_newton_bartlett
-from jaxnum.tour.stop import BLUE, ORANGE, Picture, Stop, curves, figure, image
-from jaxnum.transforms import sophia
+from jaxnum.tour.stop import BLUE, GREEN, ORANGE, PURPLE, Picture, Stop, curves, figure, image
+from jaxnum.transforms import adan, sophia
 
 PyTree = Any
 
-# Each method is trained with every one of these learning rates, all of them in one vmapped program.
-RATES = {
-    "sophia": (0.0003, 0.001, 0.003, 0.01, 0.03),
-    "AdamW": (0.0003, 0.001, 0.003, 0.01, 0.03),
-}
-WEIGHT_DECAY = {"sophia": 0.1, "AdamW": 0.01}
+COLOURS = {"AdamW": ORANGE, "adan": GREEN, "sophia": BLUE, "mkor": PURPLE}
 
 
 class Data(NamedTuple):
@@ -31,6 +26,17 @@ class Data(NamedTuple):
     train: tuple[jax.Array, jax.Array]
     choose: tuple[jax.Array, jax.Array]
     test: tuple[jax.Array, jax.Array]
+
+
+class Method(NamedTuple):
+    """An optimiser by its learning rate, the rates it is tried with, and what `update` needs beside the gradient.
+
+    `gradient(params, x, y)` gives the loss, its gradient and the extra arguments.
+    """
+
+    make: Callable[[Any], optax.GradientTransformation]
+    rates: tuple[float, ...]
+    gradient: Callable[[PyTree, jax.Array, jax.Array], tuple[jax.Array, PyTree, dict[str, Any]]]
 
 
 class Run(NamedTuple):
@@ -44,7 +50,7 @@ class Run(NamedTuple):
 
 
 def digits(*, epochs: int = 25, width: int = 64, batch: int = 64, seed: int = 0) -> Stop:
-    """Handwritten digits by a small network, trained by `sophia` and by AdamW from the same start.
+    """Handwritten digits by a small network, trained by AdamW, `adan`, `sophia` and `mkor` from the same start.
 
     Args:
       epochs: passes over the training images.
@@ -55,31 +61,22 @@ def digits(*, epochs: int = 25, width: int = 64, batch: int = 64, seed: int = 0)
     data = load(seed)
     start = network(jax.random.key(seed), (64, width, width, 10))
     batches = _batches(seed, data.train[0].shape[0], epochs, batch)
-    optimisers = {
-        "sophia": lambda rate: sophia(
-            rate,
-            gauss_newton_bartlett(jax.random.key(seed + 1)),
-            gamma=0.05,
-            b1=0.9,
-            weight_decay=WEIGHT_DECAY["sophia"],
-        ),
-        "AdamW": lambda rate: optax.adamw(rate, weight_decay=WEIGHT_DECAY["AdamW"]),
-    }
-    runs = {name: train(make, RATES[name], start, data, batches) for name, make in optimisers.items()}
+    tried = methods(jax.random.key(seed + 1))
+    runs = {name: train(method, start, data, batches) for name, method in tried.items()}
     parameters = sum(leaf.size for leaf in jax.tree.leaves(start))
-    ours, theirs = runs["sophia"], runs["AdamW"]
     return Stop(
-        title="Handwritten digits, by Sophia and by AdamW",
+        title="Handwritten digits, by four methods",
         text=(
             f"A network with two hidden layers of {width} units learns {data.train[0].shape[0]} of scikit-learn's "
-            "8 x 8 handwritten digits. Both methods start from the same weights and see the same batches; each is "
-            f"trained with {len(RATES['AdamW'])} learning rates at once under vmap, and keeps the one of least loss "
-            f"on {data.choose[0].shape[0]} digits set aside. Accuracy is counted on {data.test[0].shape[0]} others.",
-            "jaxnum.transforms.sophia divides the momentum by an estimate of the curvature, the Gauss-Newton-Bartlett "
-            "one, taken afresh every tenth step from labels drawn from the model's own prediction. It is an optax "
-            "transformation: the training loop is the same for both.",
+            "8 x 8 handwritten digits. All methods start from the same weights and see the same batches; each is "
+            f"trained with {len(tried['AdamW'].rates)} learning rates at once under vmap, and keeps the one of least "
+            f"loss on {data.choose[0].shape[0]} digits set aside. {data.test[0].shape[0]} others test it.",
+            "adan extrapolates by the change of the gradient. sophia divides the momentum by an estimate of the "
+            "curvature, the Gauss-Newton-Bartlett one, taken afresh every tenth step from labels drawn from the "
+            "model's own prediction. mkor multiplies the gradient of each layer by the inverses of two covariances, "
+            "kept up to date by updates of rank one. All are optax transformations: the training loop is the same.",
         ),
-        finding=f"Test accuracy {ours.accuracy:.1%} by sophia, {theirs.accuracy:.1%} by AdamW.",
+        finding="Test accuracy " + ", ".join(f"{run.accuracy:.1%} by {name}" for name, run in runs.items()) + ".",
         rows=(
             ("parameters", f"{parameters:,}"),
             ("steps", f"{batches.shape[0]} of {batch} digits"),
@@ -93,6 +90,26 @@ def digits(*, epochs: int = 25, width: int = 64, batch: int = 64, seed: int = 0)
         ),
         pictures=(_picture(runs, data),),
     )
+
+
+def methods(key: jax.Array) -> dict[str, Method]:
+    """The methods that are compared, each with the rates that suit it."""
+    rates = (0.0003, 0.001, 0.003, 0.01, 0.03)
+
+    def plain(params: PyTree, x: jax.Array, y: jax.Array) -> tuple[jax.Array, PyTree, dict[str, Any]]:
+        return *jax.value_and_grad(loss)(params, x, y), {}
+
+    def with_logits(params: PyTree, x: jax.Array, y: jax.Array) -> tuple[jax.Array, PyTree, dict[str, Any]]:
+        return *jax.value_and_grad(loss)(params, x, y), {"logits_fn": partial(logits, x=x)}
+
+    def by_sophia(rate: Any) -> optax.GradientTransformation:
+        return sophia(rate, gauss_newton_bartlett(key), gamma=0.05, b1=0.9, weight_decay=0.1)
+
+    return {
+        "AdamW": Method(lambda rate: optax.adamw(rate, weight_decay=0.01), rates, plain),
+        "adan": Method(lambda rate: adan(rate, weight_decay=0.01), rates, plain),
+        "sophia": Method(by_sophia, rates, with_logits),
+    }
 
 
 def load(seed: int) -> Data:
@@ -127,37 +144,30 @@ def loss(params: PyTree, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y))
 
 
-def train(
-    make: Callable[[jax.Array], optax.GradientTransformation],
-    rates: tuple[float, ...],
-    start: PyTree,
-    data: Data,
-    batches: jax.Array,
-) -> Run:
+def train(method: Method, start: PyTree, data: Data, batches: jax.Array) -> Run:
     """Train with every learning rate, which falls to 0 along a cosine, and keep the best on `data.choose`."""
 
     @jax.jit
     @jax.vmap
     def run(rate: jax.Array) -> tuple[PyTree, jax.Array]:
         schedule = optax.cosine_decay_schedule(1.0, batches.shape[0])
-        optimiser = optax.with_extra_args_support(make(lambda count: rate * schedule(count)))
+        optimiser = optax.with_extra_args_support(method.make(lambda count: rate * schedule(count)))
 
         def step(carry: tuple[PyTree, PyTree], index: jax.Array) -> tuple[tuple[PyTree, PyTree], jax.Array]:
             params, state = carry
-            x, y = data.train[0][index], data.train[1][index]
-            value, gradient = jax.value_and_grad(loss)(params, x, y)
-            updates, state = optimiser.update(gradient, state, params, logits_fn=partial(logits, x=x))
+            value, gradient, extra = method.gradient(params, data.train[0][index], data.train[1][index])
+            updates, state = optimiser.update(gradient, state, params, **extra)
             return (optax.apply_updates(params, updates), state), value
 
         (params, _), losses = jax.lax.scan(step, (start, optimiser.init(start)), batches)
         return params, losses
 
-    trained, losses = run(jnp.asarray(rates))
+    trained, losses = run(jnp.asarray(method.rates))
     chosen = np.asarray(jax.vmap(lambda p: loss(p, *data.choose))(trained))
     best = int(np.nanargmin(chosen))
     params = jax.tree.map(lambda leaf: leaf[best], trained)
     right = jnp.argmax(logits(params, data.test[0]), -1) == data.test[1]
-    return Run(rates[best], np.asarray(losses[best]), float(chosen[best]), float(jnp.mean(right)), params)
+    return Run(method.rates[best], np.asarray(losses[best]), float(chosen[best]), float(jnp.mean(right)), params)
 
 
 def _batches(seed: int, n: int, epochs: int, batch: int) -> jax.Array:
@@ -173,13 +183,12 @@ def _last(run: Run, epochs: int) -> float:
 
 def _picture(runs: dict[str, Run], data: Data) -> Picture:
     canvas, (left, right) = figure(1, 2, size=(9.5, 3.8))
-    for (name, run), colour in zip(runs.items(), (BLUE, ORANGE), strict=True):
-        left.plot(run.losses, color=colour, alpha=0.2, linewidth=0.8)
+    for name, run in runs.items():
         width = max(1, run.losses.size // 25)
         smooth = np.convolve(run.losses, np.ones(width) / width, "valid")
         steps = np.arange(smooth.size) + width / 2
-        left.plot(steps, smooth, color=colour, linewidth=1.8, label=f"{name}, learning rate {run.rate:g}")
-    curves(left, "training loss, each step and its running mean", "step", "cross-entropy, nats a digit")
+        left.plot(steps, smooth, color=COLOURS[name], linewidth=1.8, label=f"{name}, learning rate {run.rate:g}")
+    curves(left, "training loss, a running mean", "step", "cross-entropy, nats a digit")
     x, y = (np.asarray(part) for part in data.test)
     guesses = np.asarray(jnp.argmax(logits(runs["sophia"].params, data.test[0]), -1))
     # Wrong ones first, so that the picture shows what is hard.
@@ -190,7 +199,7 @@ def _picture(runs: dict[str, Run], data: Data) -> Picture:
         right.text(place % 8 * 10 + 9, place // 8 * 10 + 9.2, str(guesses[i]), color=colour, fontsize=9, ha="right")
     image(right, "test digits and sophia's reading, mistakes first in red")
     return Picture(
-        "digits", canvas, "Left: loss of both methods. Right: test digits as the network of sophia reads them."
+        "digits", canvas, "Left: loss of each method. Right: test digits as the network of sophia reads them."
     )
 
 

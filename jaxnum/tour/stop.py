@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-BLUE, ORANGE, GREEN, GREY = "#2f6db5", "#d9722e", "#3f9b6a", "#8a8f98"
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#2f6db5", "#d9722e", "#3f9b6a", "#7a5195", "#8a8f98"
 
 
 class Picture(NamedTuple):
