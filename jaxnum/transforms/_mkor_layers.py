@@ -25,9 +25,7 @@ class MkorLayer(NamedTuple):
 
     weight: str  # path of W
     bias: str | None = None  # path of b, of shape (out,)
-    order: str = (
-        "in_out"  # x @ w (flax); "out_in" is w @ x (equinox, torch). Further axes, of a convolution, are inputs
-    )
+    order: str = "in_out"  # x @ w (flax); "out_in" is w @ x (equinox, torch); further axes are inputs (convolutions)
 
 
 class Found(NamedTuple):

@@ -69,7 +69,8 @@ def mkor_stats(
         under `jax.jit` with sharded arrays the means are global already.
 
     Returns:
-      `MkorStats(loss, grads, stats)`; statistics in at least float32. a is NaN for a layer that the loss does not reach.
+      `MkorStats(loss, grads, stats)`, statistics in at least float32; a is NaN for a layer that the loss does not
+      reach.
 
     Raises:
       ValueError: a tap of a name that is no layer, or a layer that is never tapped.
@@ -85,6 +86,7 @@ def mkor_stats(
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from jaxnum.transforms import MkorLayer
       >>> def loss(p, x, tap=lambda name, x, s: s):
       ...     return jnp.mean(tap("out", x, x @ p["w"] + p["b"]))
       >>> params = {"w": jnp.ones((2, 1)), "b": jnp.ones(1)}
