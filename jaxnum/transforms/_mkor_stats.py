@@ -167,7 +167,5 @@ _through.defvjp(_forward, _backward)
 
 
 def _local(axis_name: Any, x: jax.Array) -> jax.Array:
-    """A copy that this device differentiates by itself: shard_map sums the gradients of what devices share."""
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    shared = tuple(name for name in names if name not in jax.typeof(x).vma)
-    return jax.lax.pcast(x, shared, to="varying") if shared else x
+    """A copy that is this device's own: shard_map would sum the gradients of what devices share."""
+    return x + 0 * jax.lax.axis_index(axis_name).astype(x.dtype)
