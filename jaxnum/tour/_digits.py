@@ -13,7 +13,7 @@ import optax
 
 from jaxnum.curvature import gauss_newton_bartlett
 from jaxnum.tour.stop import BLUE, GREEN, ORANGE, PURPLE, Picture, Stop, curves, figure, image
-from jaxnum.transforms import adan, sophia
+from jaxnum.transforms import adan, mkor, mkor_layers, mkor_stats, sophia
 
 PyTree = Any
 
@@ -61,7 +61,7 @@ def digits(*, epochs: int = 25, width: int = 64, batch: int = 64, seed: int = 0)
     data = load(seed)
     start = network(jax.random.key(seed), (64, width, width, 10))
     batches = _batches(seed, data.train[0].shape[0], epochs, batch)
-    tried = methods(jax.random.key(seed + 1))
+    tried = methods(jax.random.key(seed + 1), mkor_layers(start, "w", "b"))
     runs = {name: train(method, start, data, batches) for name, method in tried.items()}
     parameters = sum(leaf.size for leaf in jax.tree.leaves(start))
     return Stop(
@@ -92,7 +92,7 @@ def digits(*, epochs: int = 25, width: int = 64, batch: int = 64, seed: int = 0)
     )
 
 
-def methods(key: jax.Array) -> dict[str, Method]:
+def methods(key: jax.Array, layers: dict[str, Any]) -> dict[str, Method]:
     """The methods that are compared, each with the rates that suit it."""
     rates = (0.0003, 0.001, 0.003, 0.01, 0.03)
 
@@ -102,6 +102,10 @@ def methods(key: jax.Array) -> dict[str, Method]:
     def with_logits(params: PyTree, x: jax.Array, y: jax.Array) -> tuple[jax.Array, PyTree, dict[str, Any]]:
         return *jax.value_and_grad(loss)(params, x, y), {"logits_fn": partial(logits, x=x)}
 
+    def with_stats(params: PyTree, x: jax.Array, y: jax.Array) -> tuple[jax.Array, PyTree, dict[str, Any]]:
+        value, gradient, stats = mkor_stats(loss, params, x, y, layers=layers)
+        return value, gradient, {"stats": stats}
+
     def by_sophia(rate: Any) -> optax.GradientTransformation:
         return sophia(rate, gauss_newton_bartlett(key), gamma=0.05, b1=0.9, weight_decay=0.1)
 
@@ -109,6 +113,7 @@ def methods(key: jax.Array) -> dict[str, Method]:
         "AdamW": Method(lambda rate: optax.adamw(rate, weight_decay=0.01), rates, plain),
         "adan": Method(lambda rate: adan(rate, weight_decay=0.01), rates, plain),
         "sophia": Method(by_sophia, rates, with_logits),
+        "mkor": Method(lambda rate: mkor(rate, layers, weight_decay=0.01), (0.01, 0.03, 0.1, 0.3, 1.0), with_stats),
     }
 
 
@@ -131,17 +136,21 @@ def network(key: jax.Array, sizes: tuple[int, ...]) -> PyTree:
     return [{"w": jax.random.normal(k, (m, n)) * (2 / m) ** 0.5, "b": jnp.zeros(n)} for k, m, n in shapes]
 
 
-def logits(params: PyTree, x: jax.Array) -> jax.Array:
-    """The network's logits [n, 10] at images [n, 64]."""
+def _untapped(name: str, x: jax.Array, s: jax.Array) -> jax.Array:
+    return s
+
+
+def logits(params: PyTree, x: jax.Array, tap: Callable = _untapped) -> jax.Array:
+    """The network's logits [n, 10] at images [n, 64]; `tap` sees each layer's input and output, as mkor_stats asks."""
     *hidden, last = params
-    for layer in hidden:
-        x = jax.nn.relu(x @ layer["w"] + layer["b"])
-    return x @ last["w"] + last["b"]
+    for i, layer in enumerate(hidden):
+        x = jax.nn.relu(tap(str(i), x, x @ layer["w"] + layer["b"]))
+    return tap(str(len(hidden)), x, x @ last["w"] + last["b"])
 
 
-def loss(params: PyTree, x: jax.Array, y: jax.Array) -> jax.Array:
+def loss(params: PyTree, x: jax.Array, y: jax.Array, tap: Callable = _untapped) -> jax.Array:
     """Mean cross-entropy, in nats a digit."""
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y))
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits(params, x, tap), y))
 
 
 def train(method: Method, start: PyTree, data: Data, batches: jax.Array) -> Run:
