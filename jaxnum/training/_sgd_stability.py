@@ -245,7 +245,7 @@ def sgd_stability_monitor(
         arguments.parameters(name, params)
         checks.same_tree(name, ("params", params), updates=updates)
         loss = arguments.required(name, "obj_fn", obj_fn, "lambda params: loss(params, batch)")
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate = jnp.asarray(learning_rate(state.count) if callable(learning_rate) else learning_rate)
 
         def measure() -> tuple[jax.Array, SgdStability]:
             report = sgd_stability(

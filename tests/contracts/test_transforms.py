@@ -118,6 +118,10 @@ def doubles_schedules(learning_rate: optax.ScalarOrSchedule):
     return optax.sgd(2 * learning_rate(0) if callable(learning_rate) else learning_rate)
 
 
+def forgets_mu_dtype(learning_rate, mu_dtype=None):
+    return optax.adam(learning_rate)
+
+
 BAKES_IN = TransformMember(
     "twin", lambda learning_rate: optax.sgd(float(f"{learning_rate:r}")), {"learning_rate": 0.05}
 )
@@ -144,6 +148,7 @@ WRONG_TWINS = [
     (twin(lambda u, s: (u, s + 0.5)), transform.steps_under_cond),
     (twin(lambda u, s: (u, jnp.zeros_like(s, out_sharding=jax.P())), lambda p: p["b"]), transform.keeps_sharding_types),
     (TransformMember("twin", doubles_schedules, {"learning_rate": 0.05}), transform.takes_schedules),
+    (TransformMember("twin", forgets_mu_dtype, {"learning_rate": 0.05}), transform.takes_the_dtype_of_momentum),
 ]
 
 
@@ -162,6 +167,7 @@ def test_the_right_twin_passes_what_the_wrong_ones_fail():
         transform.reaches_optax_targets: heavy,
         transform.complex_or_refused: heavy,
         transform.takes_schedules: heavy,
+        transform.takes_the_dtype_of_momentum: TransformMember("twin", optax.adam, {"learning_rate": 0.05}),
     }
     for _, check in WRONG_TWINS:
         if check is not transform.refuses_mismatches:
@@ -177,7 +183,7 @@ def test_the_table_of_optax_is_whole():
     counts = (
         f"{len(transform.OPTAX_BODIES)} bodies of tests",
         f"{len(checks)} are checks here",
-        f"{without} do not apply",
+        f"{without} does not apply",
     )
     assert all(words in transform.__doc__.replace("\n", " ") for words in counts)
     if f"optax {optax.__version__} " not in transform.__doc__:
