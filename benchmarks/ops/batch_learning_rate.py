@@ -51,12 +51,13 @@ def law() -> dict[str, float]:
     x = inputs()
     rates = np.array([largest_rate(x, size) for size in SIZES])
     top = float(jnp.linalg.eigvalsh(x.T @ x / DATA)[-1])
-    sizes = np.array(SIZES, np.float32)
+    sizes = jnp.array(SIZES, jnp.float32)
 
     def misfit(log_c):
         return np.log(np.asarray(batch_learning_rate(top, np.exp(log_c) * top, sizes)) / rates)
 
-    fitted = np.exp(minimize_scalar(lambda c: np.sum(misfit(c) ** 2), bounds=(0, 12), method="bounded").x)
+    found = minimize_scalar(lambda c: np.sum(misfit(c) ** 2), bounds=(0, 12), method="bounded")
+    fitted = np.exp(found["x"])
     pairs = x[jax.random.randint(jax.random.key(3), (400, 1), 0, DATA)]
     noise, _ = hessian_noise(lambda w, x: 0.5 * jnp.mean((x @ w) ** 2), jnp.zeros(WIDTH), pairs, jax.random.key(4))
     return {
