@@ -165,6 +165,10 @@ EXEMPT = {
     "bcd_partition": "one sort on the host",
     "bcd_partition_forests": "passes over a graph on the host; the row of bcd counts the steps on what it gives",
     "tsallis_inf": "a few numbers a round; the row of learned_relaxation says how well it chooses",
+    "batch_eigenvalue": "a few numbers, which the row of batch_learning_rate compares with drawn matrices",
+    "hessian_noise": "Hessian products of the user's loss, which cost what they cost; figures in batch_learning_rate",
+    "slq_learning_rate": "two numbers of a spectral_density; the row of batch_learning_rate runs it",
+    "mean_square_stability": "the row of sgd_stability runs it",
 }
 
 

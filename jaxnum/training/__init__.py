@@ -3,9 +3,40 @@
 None of these is a transform: those are in `jaxnum.transforms`. Pure functions on pytrees, as everywhere.
 """
 
+from typing import TYPE_CHECKING
+
 from kernels_pallas import lazy
+
+if TYPE_CHECKING:
+    from jaxnum.training._batch_eigenvalue import BatchEigenvalue as BatchEigenvalue
+    from jaxnum.training._batch_eigenvalue import batch_eigenvalue as batch_eigenvalue
+    from jaxnum.training._batch_learning_rate import batch_learning_rate as batch_learning_rate
+    from jaxnum.training._batch_learning_rate import rescale_batch_learning_rate as rescale_batch_learning_rate
+    from jaxnum.training._hessian_noise import hessian_noise as hessian_noise
+    from jaxnum.training._mean_square_stability import mean_square_stability as mean_square_stability
+    from jaxnum.training._mean_square_stability import mean_square_stability_rate as mean_square_stability_rate
+    from jaxnum.training._sgd_stability import SgdStability as SgdStability
+    from jaxnum.training._sgd_stability import SgdStabilityState as SgdStabilityState
+    from jaxnum.training._sgd_stability import sgd_stability as sgd_stability
+    from jaxnum.training._sgd_stability import sgd_stability_exact as sgd_stability_exact
+    from jaxnum.training._sgd_stability import sgd_stability_monitor as sgd_stability_monitor
+    from jaxnum.training._slq_learning_rate import HeavyBall as HeavyBall
+    from jaxnum.training._slq_learning_rate import slq_learning_rate as slq_learning_rate
 
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
-    {},
+    {
+        "._batch_eigenvalue": ("BatchEigenvalue", "batch_eigenvalue"),
+        "._batch_learning_rate": ("batch_learning_rate", "rescale_batch_learning_rate"),
+        "._hessian_noise": ("hessian_noise",),
+        "._mean_square_stability": ("mean_square_stability", "mean_square_stability_rate"),
+        "._sgd_stability": (
+            "SgdStability",
+            "SgdStabilityState",
+            "sgd_stability",
+            "sgd_stability_exact",
+            "sgd_stability_monitor",
+        ),
+        "._slq_learning_rate": ("HeavyBall", "slq_learning_rate"),
+    },
 )

@@ -22,6 +22,51 @@ def test_results_and_state_are_those_of_the_inner_transformation():
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+# optax's own optimisers that a learning rate makes ready, and what some need of `update` besides.
+OPTAX = (
+    *(
+        "adabelief",
+        "adadelta",
+        "adafactor",
+        "adagrad",
+        "adam",
+        "adamax",
+        "adamaxw",
+        "adamw",
+        "adan",
+        "amsgrad",
+        "fromage",
+    ),
+    *("lamb", "lars", "lbfgs", "lion", "nadam", "nadamw", "novograd", "optimistic_adam_v2", "polyak_sgd", "radam"),
+    *("rmsprop", "rprop", "sgd", "sign_sgd", "signum", "sm3", "yogi"),
+)
+MORE = {
+    "polyak_sgd": {"value": 1.0},
+    "lbfgs": {"value": 1.0, "grad": PARAMS, "value_fn": lambda p: 0.5 * optax.tree.norm(p) ** 2},
+}
+
+
+@pytest.mark.parametrize("name", OPTAX)
+def test_around_optax_own_the_program_is_the_same_and_broadcasting_is_refused(name):
+    """The same operations on the same constants: the same updates and state to the last bit, and no work added."""
+    plain = optax.with_extra_args_support(getattr(optax, name)(0.1))
+    safe = strict(plain, name=name)
+    state, extra = plain.init(PARAMS), MORE.get(name, {})
+
+    def programs(tx):
+        update = jax.make_jaxpr(lambda g, s, p: tx.update(g, s, p, **extra))(PARAMS, state, PARAMS)
+        return [
+            (str(closed), list(map(np.asarray, closed.consts))) for closed in (jax.make_jaxpr(tx.init)(PARAMS), update)
+        ]
+
+    for (got, ours), (want, theirs) in zip(programs(safe), programs(plain), strict=True):
+        assert got == want
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert jax.tree.structure(safe.init(PARAMS)) == jax.tree.structure(state)
+    with pytest.raises(ShapeError, match=rf"^{name}: `updates\['b'\]` must have shape \(3,\) to match .*; got \(1,\)"):
+        jax.eval_shape(lambda g, s, p: safe.update(g, s, p, **extra), PARAMS | {"b": jnp.ones(1)}, state, PARAMS)
+
+
 def test_optax_alone_broadcasts_and_strict_does_not():
     params = jnp.zeros(3)
     plain, safe = optax.adam(0.1), strict(optax.adam(0.1), name="adam")
