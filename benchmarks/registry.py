@@ -165,6 +165,9 @@ EXEMPT = {
     "bcd_partition": "one sort on the host",
     "bcd_partition_forests": "passes over a graph on the host; the row of bcd counts the steps on what it gives",
     "tsallis_inf": "a few numbers a round; the row of learned_relaxation says how well it chooses",
+    "sr_sgc": "figures in the row of gradient_coding",
+    "m_sgc": "figures in the row of gradient_coding",
+    "straggler_simulation": "figures in the row of gradient_coding, which it makes",
 }
 
 

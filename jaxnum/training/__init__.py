@@ -3,9 +3,39 @@
 None of these is a transform: those are in `jaxnum.transforms`. Pure functions on pytrees, as everywhere.
 """
 
+from typing import TYPE_CHECKING
+
 from kernels_pallas import lazy
+
+if TYPE_CHECKING:
+    from jaxnum.training._gradient_coding import GradientCode as GradientCode
+    from jaxnum.training._gradient_coding import gradient_coding as gradient_coding
+    from jaxnum.training._gradient_coding import gradient_coding_decode as gradient_coding_decode
+    from jaxnum.training._gradient_coding import gradient_coding_encode as gradient_coding_encode
+    from jaxnum.training._gradient_coding import gradient_coding_scheme as gradient_coding_scheme
+    from jaxnum.training._gradient_coding import gradient_coding_vector as gradient_coding_vector
+    from jaxnum.training._m_sgc import m_sgc as m_sgc
+    from jaxnum.training._sr_sgc import sr_sgc as sr_sgc
+    from jaxnum.training._straggler_simulation import StragglerRun as StragglerRun
+    from jaxnum.training._straggler_simulation import straggler_simulation as straggler_simulation
+    from jaxnum.training._straggler_simulation import straggler_simulation_times as straggler_simulation_times
+    from jaxnum.training.coding import CodingScheme as CodingScheme
+    from jaxnum.training.coding import CodingState as CodingState
 
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
-    {},
+    {
+        "._gradient_coding": (
+            "GradientCode",
+            "gradient_coding",
+            "gradient_coding_decode",
+            "gradient_coding_encode",
+            "gradient_coding_scheme",
+            "gradient_coding_vector",
+        ),
+        "._m_sgc": ("m_sgc",),
+        "._sr_sgc": ("sr_sgc",),
+        "._straggler_simulation": ("StragglerRun", "straggler_simulation", "straggler_simulation_times"),
+        ".coding": ("CodingScheme", "CodingState"),
+    },
 )
