@@ -21,10 +21,10 @@ def m_sgc(
 ) -> CodingScheme:
     """A scheme for bursts of stragglers that needs little more than its share of the data from each worker.
 
-    The promise is for the (B, W, λ) model of `sr_sgc`. The data of a job are n (W - 1) large chunks, W - 1 for each
-    worker, which no other worker has, and B n small ones, in B groups with a gradient code for n workers and λ
-    stragglers each; large chunks are λ + 1 times as large, so that all pieces cost the same. Job t has slot m in round
-    t + m, m = 0..W - 2 + B:
+    The promise is for the (B, W, λ) model of `sr_sgc`, and as well for at most λ stragglers in every W - 1 + B rounds
+    in a row, each in any B of them. The data of a job are n (W - 1) large chunks, W - 1 for each worker, which no other
+    worker has, and B n small ones, in B groups with a gradient code for n workers and λ stragglers each; large chunks
+    are λ + 1 times as large, so that all pieces cost the same. Job t has slot m in round t + m, m = 0..W - 2 + B:
 
         slots 0..W - 2        each worker computes its chunk m,
         slots W - 1..W - 2 + B  a worker that owes a chunk computes it; the others send their piece of group m - W + 1.
@@ -82,7 +82,7 @@ def m_sgc(
 
     def decodable(delivered: np.ndarray) -> np.ndarray:
         coded = delivered[:, large:].reshape(len(delivered), groups, n)
-        return delivered[:, :large].all(axis=1) & codes.decodable(most, kind, coded).all(axis=1)
+        return np.logical_and(delivered[:, :large].all(axis=1), codes.decodable(most, kind, coded).all(axis=1))
 
     def encoding() -> np.ndarray:
         matrix = np.eye(n * (W - 1 + groups))

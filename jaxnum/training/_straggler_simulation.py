@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxnum.curvature import arguments
-from jaxnum.training.coding import CodingScheme, integers
+from jaxnum.training.coding import CodingScheme, generator, integers
 from kernels_pallas import checks
 
 
@@ -100,7 +99,7 @@ def straggler_simulation_times(
 
     A worker takes base + slope * load, times `slowdown` where it straggles. It begins to straggle with probability
     `enter` and recovers with probability `leave` before each round, and starts from the chain's equilibrium. One key
-    gives one pattern whatever the load.
+    gives one pattern, whatever the load, and more rounds go on where fewer end.
 
     Args:
       key: typed random key.
@@ -138,7 +137,7 @@ def straggler_simulation_times(
     checks.value(name, "leave", enter + leave > 0, "be greater than 0 where enter is 0", leave)
     for argument, got, least in (("load", load, 0), ("base", base, 0), ("slope", slope, 0), ("slowdown", slowdown, 1)):
         checks.value(name, argument, got >= least, f"be at least {least}", got)
-    draws = np.asarray(jax.random.uniform(key, (rounds, n), jnp.float32))
+    draws = generator(key).random((rounds, n))
     slow = np.empty((rounds, n), bool)
     slow[0] = draws[0] < enter / (enter + leave)
     for t in range(1, rounds):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+
+from jaxnum.training.coding import generator
 
 KINDS = ("cyclic", "roots", "fractional")
 
@@ -12,13 +13,13 @@ KINDS = ("cyclic", "roots", "fractional")
 def decodable(stragglers: int, kind: str, alive: np.ndarray) -> np.ndarray:
     """Whether enough workers of the last axis answered."""
     if kind == "fractional":
-        return alive.reshape(*alive.shape[:-1], -1, stragglers + 1).any(axis=-1).all(axis=-1)
-    return alive.sum(axis=-1) >= alive.shape[-1] - stragglers
+        return np.asarray(alive.reshape(*alive.shape[:-1], -1, stragglers + 1).any(axis=-1).all(axis=-1))
+    return np.asarray(alive.sum(axis=-1) >= alive.shape[-1] - stragglers)
 
 
 def random_rows(n: int, s: int, key: jax.Array) -> np.ndarray:
     """The cyclic code of random coefficients, [n, n]."""
-    H = np.asarray(jax.random.normal(key, (s, n), jnp.float32), np.float64)
+    H = generator(key).normal(size=(s, n))
     H[:, -1] = -H[:, :-1].sum(axis=1)
     matrix = np.eye(n)
     for i in range(n):

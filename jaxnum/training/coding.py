@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from kernels_pallas import checks
@@ -61,7 +62,7 @@ class CodingScheme:
         checks.value(self.name, "jobs", whole(jobs) and jobs >= 1, "be an integer of at least 1", jobs)
         delivered = np.ones((self.delay + 1, self.units.size), bool)
         delivered[-1] = False
-        finished = delivered.all(axis=1)
+        finished = np.arange(self.delay + 1) < self.delay
         return CodingState(0, operator.index(jobs), delivered, finished, 0)
 
     def tasks(self, state: CodingState) -> np.ndarray:
@@ -135,6 +136,11 @@ def boolean(function: str, argument: str, got: Any, size: int) -> np.ndarray:
     remedy = "Decoding is planned on the host: call this outside jit and pass its result in."
     checks.value(function, argument, not checks.traced(got), "be concrete", "a traced array", remedy)
     given = np.asarray(got)
-    checks.dtype(function, "bool", **{argument: given})
-    checks.shape(function, **{argument: (given, str(size))})
+    checks.dtype(function, "bool", remedy="", **{argument: given})
+    checks.shape(function, remedy="", **{argument: (given, str(size))})
     return given
+
+
+def generator(key: jax.Array) -> np.random.Generator:
+    """NumPy's generator for a typed key: float64 whatever jax's precision, and a longer draw begins as a shorter one."""
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)))
