@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from jaxnum.training._gradient_coding import gradient_coding_vector as gradient_coding_vector
     from jaxnum.training._m_sgc import m_sgc as m_sgc
     from jaxnum.training._sr_sgc import sr_sgc as sr_sgc
+    from jaxnum.training._sso import SsoInfo as SsoInfo
+    from jaxnum.training._sso import SsoState as SsoState
+    from jaxnum.training._sso import sso as sso
+    from jaxnum.training._sso import sso_surrogate as sso_surrogate
     from jaxnum.training._straggler_simulation import StragglerRun as StragglerRun
     from jaxnum.training._straggler_simulation import straggler_simulation as straggler_simulation
     from jaxnum.training._straggler_simulation import straggler_simulation_times as straggler_simulation_times
@@ -35,6 +39,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         ),
         "._m_sgc": ("m_sgc",),
         "._sr_sgc": ("sr_sgc",),
+        "._sso": ("SsoInfo", "SsoState", "sso", "sso_surrogate"),
         "._straggler_simulation": ("StragglerRun", "straggler_simulation", "straggler_simulation_times"),
         ".coding": ("CodingScheme", "CodingState"),
     },

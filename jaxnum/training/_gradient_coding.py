@@ -60,9 +60,9 @@ def gradient_coding(
 
     Cost: n solves of s equations.
 
-    Numerics: in float64. Rounding errors of the results grow by sum_i |a_i B_ij| on decoding: at most 1 for
-    "fractional"; for (n, s) = (8, 2) at worst 10 for "roots" and several hundred for "cyclic"; for (64, 6) 6e4 for
-    "cyclic" and 1e6 for "roots", whose worst patterns are neighbours that fail together. In float32 take "fractional",
+    Numerics: in float64. Rounding errors of the results grow by sum_i |a_i B_ij| on decoding: 1 for "fractional"; for
+    (n, s) = (8, 2) at worst 10 for "roots" and 4e3 for "cyclic"; for (64, 6) 1e6 for "roots", whose worst patterns are
+    neighbours that fail together, and 1e4 for "cyclic"; for (256, 27) 4e5 for "cyclic". In float32 take "fractional",
     or "roots" for few workers.
 
     Source: R. Tandon, Q. Lei, A. Dimakis, N. Karampatziakis, "Gradient Coding", 2017, arXiv 1612.03301, algorithms 1

@@ -142,5 +142,5 @@ def boolean(function: str, argument: str, got: Any, size: int) -> np.ndarray:
 
 
 def generator(key: jax.Array) -> np.random.Generator:
-    """NumPy's generator for a typed key: float64 whatever jax's precision, and a longer draw begins as a shorter one."""
+    """NumPy's generator for a typed key: float64 whatever the precision of jax; a long draw begins as a short one."""
     return np.random.default_rng(np.asarray(jax.random.key_data(key)))
