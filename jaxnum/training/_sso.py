@@ -58,7 +58,7 @@ def sso(
         decrease_factor=0.9))`.
       num_inner: m >= 1, largest number of inner steps.
       eta: η > 0, a number or a schedule over outer steps: constant for a full batch, where the model can fit all
-        targets, or as `lambda t: eta / jnp.sqrt(t + 1.0)` and `optax.exponential_decay(eta, steps, 1 / steps)` for noisy
+        targets; `lambda t: eta / jnp.sqrt(t + 1.0)` or `optax.exponential_decay(eta, steps, 1 / steps)` for noisy
         gradients. For the mean of b losses that are L-smooth in their own row it is b / L: to forget the b is the
         commonest mistake.
       tolerance: >= 0; inner steps end where the norm of the surrogate's gradient is no larger.
