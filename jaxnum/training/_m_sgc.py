@@ -7,7 +7,8 @@ import numpy as np
 
 from jaxnum.training import codes
 from jaxnum.training._gradient_coding import gradient_coding_vector, lazy_code
-from jaxnum.training.coding import CodingScheme, integers
+from jaxnum.training.coding import CodingScheme, boolean, integers
+from kernels_pallas import checks
 
 
 def m_sgc(
@@ -60,10 +61,11 @@ def m_sgc(
     """
     n, W = integers("m_sgc", dict(workers=(workers, 1, 2**16), window=(window, 2, 2**16)))
     B, most = integers("m_sgc", dict(burst=(burst, 1, W - 1), distinct=(distinct, 0, n)))
-    groups = B if most < n else 0
-    code = lazy_code("m_sgc", "distinct", n, most if groups else 0, kind, key)
+    groups, s = (B, most) if most < n else (0, 0)
+    code = lazy_code("m_sgc", "distinct", n, s, kind, key)
     large = n * (W - 1)
     own = np.arange(n)
+    size = np.repeat([s + 1, 1], [large, groups * n])
 
     # The job in its slot m is in row W - 2 + B - m: rows from B on have first attempts, those before second ones.
     first = np.arange(W - 1)[:, None]
@@ -82,7 +84,7 @@ def m_sgc(
 
     def decodable(delivered: np.ndarray) -> np.ndarray:
         coded = delivered[:, large:].reshape(len(delivered), groups, n)
-        return np.logical_and(delivered[:, :large].all(axis=1), codes.decodable(most, kind, coded).all(axis=1))
+        return np.logical_and(delivered[:, :large].all(axis=1), codes.decodable(s, kind, coded).all(axis=1))
 
     def encoding() -> np.ndarray:
         matrix = np.eye(n * (W - 1 + groups))
@@ -91,10 +93,14 @@ def m_sgc(
         return matrix
 
     def vector(delivered: np.ndarray) -> np.ndarray:
+        delivered = boolean("m_sgc", "delivered", delivered, len(size))
+        missing = int((~delivered[:large]).sum())
+        checks.value(
+            "m_sgc", "delivered", missing == 0, "have all large chunks", f"{missing} without", "Wait for them."
+        )
         parts = [gradient_coding_vector(code(), part) for part in delivered[large:].reshape(groups, n)]
         return np.concatenate([np.ones(large), *parts])
 
-    size = np.repeat([most + 1 if groups else 1, 1], [large, groups * n])
     return CodingScheme(
         name="m_sgc",
         workers=n,

@@ -13,7 +13,8 @@ KINDS = ("cyclic", "roots", "fractional")
 def decodable(stragglers: int, kind: str, alive: np.ndarray) -> np.ndarray:
     """Whether enough workers of the last axis answered."""
     if kind == "fractional":
-        return np.asarray(alive.reshape(*alive.shape[:-1], -1, stragglers + 1).any(axis=-1).all(axis=-1))
+        groups = alive.shape[-1] // (stragglers + 1)
+        return np.asarray(alive.reshape(*alive.shape[:-1], groups, stragglers + 1).any(axis=-1).all(axis=-1))
     return np.asarray(alive.sum(axis=-1) >= alive.shape[-1] - stragglers)
 
 

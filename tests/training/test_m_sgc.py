@@ -70,8 +70,9 @@ def test_a_diagonal_by_hand():
     np.testing.assert_allclose(scheme.vector(delivered) @ scheme.encoding(), 1, rtol=1e-14)
 
 
-def test_without_groups_workers_rest():
-    scheme = m_sgc(3, 1, 3, 3)
+@pytest.mark.parametrize("kind", ["cyclic", "fractional"])
+def test_without_groups_workers_rest(kind):
+    scheme = m_sgc(3, 1, 3, 3, kind=kind)
     assert scheme.units.tolist() == [1] * 6
     state, _ = scheme.observe(scheme.init(1), np.array([True, True, False]))
     state, _ = scheme.observe(state, np.ones(3, bool))
@@ -90,5 +91,7 @@ def test_bad_arguments_are_named():
     scheme = m_sgc(4, 1, 2, 2)
     with pytest.raises(ValueError, match="^gradient_coding_vector: `alive` must have at least 2 of 4"):
         scheme.vector(np.arange(8) < 5)
+    with pytest.raises(ValueError, match="^m_sgc: `delivered` must have all large chunks; got 1 without"):
+        scheme.vector(np.arange(8) > 0)
     with pytest.raises(ValueError, match="^m_sgc: `arrived` must have shape"):
         scheme.observe(scheme.init(1), np.ones(3, bool))
