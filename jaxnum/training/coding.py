@@ -45,6 +45,22 @@ class CodingScheme:
       vector: [pieces] bool of what was delivered -> [pieces] float64 of the weights that decode it.
       assign: delivered [T + 1, pieces], as in the state, -> worker, row and piece of every task.
       decodable: delivered -> [T + 1] bool.
+
+    Example:
+      >>> from jaxnum.training import gradient_coding_decode, gradient_coding_encode, sr_sgc
+      >>> scheme = sr_sgc(4, burst=1, window=2, distinct=2, kind="fractional")
+      >>> encoding, state, sent = scheme.encoding(), scheme.init(jobs=2), {}
+      >>> for slow in ([0, 1], [], []):
+      ...     for worker, job, piece in scheme.tasks(state):
+      ...         gradients = (job + 1) * np.array([1.0, 2.0, 3.0, 4.0], np.float32)  # one for each chunk
+      ...         if worker not in slow:
+      ...             result = gradient_coding_encode(encoding[piece : piece + 1], gradients)
+      ...             sent.setdefault(int(job), np.full(4, np.nan, np.float32))[piece] = result[0]
+      ...     state, done = scheme.observe(state, ~np.isin(np.arange(4), slow))
+      ...     for job, delivered in done:
+      ...         print(job, float(gradient_coding_decode(scheme.vector(delivered), sent[job])))
+      0 10.0
+      1 20.0
     """
 
     name: str
