@@ -169,6 +169,9 @@ EXEMPT = {
     "hessian_noise": "Hessian products of the user's loss, which cost what they cost; figures in batch_learning_rate",
     "slq_learning_rate": "two numbers of a spectral_density; the row of batch_learning_rate runs it",
     "mean_square_stability": "the row of sgd_stability runs it",
+    "sr_sgc": "figures in the row of gradient_coding",
+    "m_sgc": "figures in the row of gradient_coding",
+    "straggler_simulation": "figures in the row of gradient_coding, which it makes",
 }
 
 

@@ -12,7 +12,14 @@ if TYPE_CHECKING:
     from jaxnum.training._batch_eigenvalue import batch_eigenvalue as batch_eigenvalue
     from jaxnum.training._batch_learning_rate import batch_learning_rate as batch_learning_rate
     from jaxnum.training._batch_learning_rate import rescale_batch_learning_rate as rescale_batch_learning_rate
+    from jaxnum.training._gradient_coding import GradientCode as GradientCode
+    from jaxnum.training._gradient_coding import gradient_coding as gradient_coding
+    from jaxnum.training._gradient_coding import gradient_coding_decode as gradient_coding_decode
+    from jaxnum.training._gradient_coding import gradient_coding_encode as gradient_coding_encode
+    from jaxnum.training._gradient_coding import gradient_coding_scheme as gradient_coding_scheme
+    from jaxnum.training._gradient_coding import gradient_coding_vector as gradient_coding_vector
     from jaxnum.training._hessian_noise import hessian_noise as hessian_noise
+    from jaxnum.training._m_sgc import m_sgc as m_sgc
     from jaxnum.training._mean_square_stability import mean_square_stability as mean_square_stability
     from jaxnum.training._mean_square_stability import mean_square_stability_rate as mean_square_stability_rate
     from jaxnum.training._sgd_stability import SgdStability as SgdStability
@@ -22,13 +29,32 @@ if TYPE_CHECKING:
     from jaxnum.training._sgd_stability import sgd_stability_monitor as sgd_stability_monitor
     from jaxnum.training._slq_learning_rate import HeavyBall as HeavyBall
     from jaxnum.training._slq_learning_rate import slq_learning_rate as slq_learning_rate
+    from jaxnum.training._sr_sgc import sr_sgc as sr_sgc
+    from jaxnum.training._sso import SsoInfo as SsoInfo
+    from jaxnum.training._sso import SsoState as SsoState
+    from jaxnum.training._sso import sso as sso
+    from jaxnum.training._sso import sso_surrogate as sso_surrogate
+    from jaxnum.training._straggler_simulation import StragglerRun as StragglerRun
+    from jaxnum.training._straggler_simulation import straggler_simulation as straggler_simulation
+    from jaxnum.training._straggler_simulation import straggler_simulation_times as straggler_simulation_times
+    from jaxnum.training.coding import CodingScheme as CodingScheme
+    from jaxnum.training.coding import CodingState as CodingState
 
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     {
         "._batch_eigenvalue": ("BatchEigenvalue", "batch_eigenvalue"),
         "._batch_learning_rate": ("batch_learning_rate", "rescale_batch_learning_rate"),
+        "._gradient_coding": (
+            "GradientCode",
+            "gradient_coding",
+            "gradient_coding_decode",
+            "gradient_coding_encode",
+            "gradient_coding_scheme",
+            "gradient_coding_vector",
+        ),
         "._hessian_noise": ("hessian_noise",),
+        "._m_sgc": ("m_sgc",),
         "._mean_square_stability": ("mean_square_stability", "mean_square_stability_rate"),
         "._sgd_stability": (
             "SgdStability",
@@ -38,5 +64,9 @@ __getattr__, __dir__, __all__ = lazy.attach(
             "sgd_stability_monitor",
         ),
         "._slq_learning_rate": ("HeavyBall", "slq_learning_rate"),
+        "._sr_sgc": ("sr_sgc",),
+        "._sso": ("SsoInfo", "SsoState", "sso", "sso_surrogate"),
+        "._straggler_simulation": ("StragglerRun", "straggler_simulation", "straggler_simulation_times"),
+        ".coding": ("CodingScheme", "CodingState"),
     },
 )
