@@ -116,6 +116,7 @@ EXEMPT = {
     "hutchinson": "one Hessian-vector product of the user's loss, which costs what the loss costs",
     "gauss_newton_bartlett": "one gradient of the user's model, which costs what the model costs",
     "wsd": "figures in the row of refine_schedule",
+    "spherical_z_loss": "figures in the row of factored_output",
     "trimmed_mean": "figures in the row of winsorized_mean",
     "median_of_means": "figures in the row of winsorized_mean",
     "geometric_median": "figures in the row of winsorized_mean",

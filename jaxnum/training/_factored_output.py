@@ -116,9 +116,8 @@ def factored_output_step(
 
     Cost: about 16 m d² operations for small m, whatever D; a row of V read and written for each label.
 
-    Numerics: everything in the state's dtype. U⁻¹, S and V drift apart from each other: in float32 logits are right to
-    about 1e-5 after 1,000 steps. `factored_output_stabilise` keeps U well conditioned, every 100 steps or so.
-    Non-finite h or losses make the state NaN; keep the last one, or undonated copies.
+    Numerics: everything in the state's dtype. U⁻¹, S and V drift apart from each other: in float32 weights are right to
+    about 1e-5 after 1,000 steps. `factored_output_stabilise` keeps U well conditioned, every 100 steps or so. Non-finite h or losses make the state NaN; keep the last one, or undonated copies.
 
     Derivatives: none of its own is meant: a step is not a loss.
 
@@ -147,7 +146,8 @@ def factored_output_step(
 
     def total(chosen: jax.Array, mean: jax.Array, variance: jax.Array) -> jax.Array:
         losses = loss(chosen, mean, variance)
-        checks.shape("factored_output_step", h=(wide, "m d"), **{"loss(...)": (losses, "m")})
+        remedy = "Return one loss an example."
+        checks.shape("factored_output_step", remedy=remedy, h=(wide, "m d"), **{"loss(...)": (losses, "m")})
         return jnp.mean(losses)
 
     value, (g_c, g_mean, g_variance) = jax.value_and_grad(total, argnums=(0, 1, 2))(chosen, mean, variance)
@@ -229,7 +229,8 @@ def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
 def _fits(function: str, state: FactoredOutput) -> dict[str, int]:
     shapes = ("D d", "d d", "d d", "d", "d d", "d")
     pairs = zip(FactoredOutput._fields, state, shapes, strict=True)
-    return checks.shape(function, **{f"state.{name}": (array, spec) for name, array, spec in pairs})
+    named = {f"state.{name}": (array, spec) for name, array, spec in pairs}
+    return checks.shape(function, remedy="Pass what factored_output returned.", **named)
 
 
 def _checked(
@@ -238,15 +239,18 @@ def _checked(
     labels: jax.Array,
     learning_rate: float | jax.Array,
     weight_decay: float | jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, int]:
+) -> tuple[jax.Array, jax.Array, int]:
     """The hidden layer in the state's dtype, labels [m, K] with those outside sent beyond the end, the classes."""
     function = "factored_output_step"
     checks.arrays(function, h=h, labels=labels)
     checks.dtype(function, "floating", h=h)
     checks.dtype(function, "integer", labels=labels)
     sizes = _fits(function, state)
-    checks.shape(function, **{"state.mean": (state.mean, "d")}, h=(h, "m d"), labels=(labels, "m *K"))
-    checks.value(function, "labels", labels.ndim <= 2, "have shape [m] or [m, K]", labels.shape)
+    remedy = "One hidden layer a row, and its label or labels."
+    given = {"state.mean": (state.mean, "d"), "h": (h, "m d"), "labels": (labels, "m *K")}
+    checks.shape(function, remedy=remedy, **given)
+    ok, wanted = labels.ndim <= 2, "have shape (m,) or (m, K)"
+    checks.value(function, "labels", ok, wanted, labels.shape, error=checks.ShapeError)
     for name, got in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
         if isinstance(got, int | float):
             checks.value(function, name, got >= 0, "be at least 0", got)
