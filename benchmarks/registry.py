@@ -126,6 +126,7 @@ EXEMPT = {
     "lion": "optax's step, scaled",
     "lion_from_adamw": "two numbers",
     "adamw_independent": "optax's adamw with its last two steps changed",
+    "scale_by_last_iterate": "one product, which XLA fuses",
     "record_norms": "one sum of squares, which XLA fuses",
     "newton_cg": "gradients and Hessian products of the user's f, which cost what f costs",
     "hutchinson_trace": "matfree's estimator on the user's operator, which costs what the operator costs",

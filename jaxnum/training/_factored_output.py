@@ -117,9 +117,8 @@ def factored_output_step(
     Cost: about 16 m d² operations for small m, whatever D; a row of V read and written for each label.
 
     Numerics: everything in the state's dtype. U⁻¹, S and V drift apart from each other: in float32 weights are right to
-    about 1e-5 after 1,000 steps. `factored_output_stabilise` keeps U well conditioned, every 100 steps or so. Non-finite h or losses make the state NaN; keep the last one, or undonated copies.
-
-    Derivatives: none of its own is meant: a step is not a loss.
+    about 1e-5 after 1,000 steps. `factored_output_stabilise` keeps U well conditioned, every 100 steps or so.
+    Non-finite h or losses, and labels outside the classes, make the state NaN.
 
     Source: P. Vincent, A. de Brébisson, X. Bouthillier, 2015, arXiv 1412.7091, section 5 and its mini-batch version.
     Here the matrix S is centred, and u loses the terms that cancel: with the weights' common offset gone, ω changes by

@@ -6,7 +6,17 @@ import optax
 import pytest
 
 from jaxnum.curvature import gauss_newton_bartlett, hutchinson
-from jaxnum.transforms import adamw_independent, adan, harp, lion, n_igt, record_norms, sophia, strict
+from jaxnum.transforms import (
+    adamw_independent,
+    adan,
+    harp,
+    lion,
+    n_igt,
+    record_norms,
+    scale_by_last_iterate,
+    sophia,
+    strict,
+)
 from tests.contracts import transform
 from tests.contracts.transform import TransformMember
 
@@ -28,6 +38,11 @@ def recorded_sgd(learning_rate, momentum):
     return strict(optax.chain(record_norms(4), optax.sgd(learning_rate, momentum)), name="recorded_sgd")
 
 
+def last_iterate_sgd(learning_rate, momentum):
+    shrinking = optax.chain(optax.sgd(learning_rate, momentum), scale_by_last_iterate([1.0] * 400))
+    return strict(shrinking, name="last_iterate_sgd")
+
+
 def sophia_member(name, estimator, extra):
     hyper = {"learning_rate": 0.02, "b1": 0.9, "weight_decay": 0.0}
     return TransformMember(
@@ -45,6 +60,7 @@ TRANSFORMS = [
         "harp", harp, {"learning_rate": 0.05}, {"key": jax.random.key(0)}, lambda loss, residuals: {"obj_fn": loss}
     ),
     TransformMember("recorded_sgd", recorded_sgd, {"learning_rate": 0.0005, "momentum": 0.99}),
+    TransformMember("last_iterate_sgd", last_iterate_sgd, {"learning_rate": 0.0005, "momentum": 0.97}),
     TransformMember("strict_adam", strict_adam, {"learning_rate": 0.05}),
     TransformMember("strict_sgd", strict_sgd, {"learning_rate": 0.0005, "momentum": 0.99}),
 ]
