@@ -67,7 +67,7 @@ def scale_by_last_iterate(weights: jax.typing.ArrayLike) -> optax.GradientTransf
     given = np.asarray(weights, np.float64)
     checks.value(function, "weights", given.ndim == 1 and given.size >= 1, wanted, f"shape {given.shape}")
     inside = np.isfinite(given) & (given > 0)
-    checks.value(function, "weights", inside.all(), wanted, given[~inside][:1])
+    checks.value(function, "weights", bool(inside.all()), wanted, given[~inside][:1])
     tails = np.append(np.cumsum(given[::-1])[::-1], 0.0)
     shares = (tails[1:] / tails[0]).astype(np.float32)
 
