@@ -16,7 +16,7 @@ from benchmarks.registry import Params, Peer, Row, Target, register
 from benchmarks.training import mean_loss, mixture, network
 
 SEEDS = 5
-PEAK, WARMUP, SHARE = 3e-3, 50, 0.1
+PEAK, WARMUP, SHARE = 3e-3, 50, 0.2
 ENDPOINTS = (1000, 2000, 4000)
 TRAIN, TEST, BATCH = 64_000, 16_000, 32
 
