@@ -115,7 +115,6 @@ EXEMPT = {
     "extragradient": "the peer in the row of feg, which measures both",
     "hutchinson": "one Hessian-vector product of the user's loss, which costs what the loss costs",
     "gauss_newton_bartlett": "one gradient of the user's model, which costs what the model costs",
-    "wsd": "figures in the row of refine_schedule",
     "spherical_z_loss": "figures in the row of factored_output",
     "trimmed_mean": "figures in the row of winsorized_mean",
     "median_of_means": "figures in the row of winsorized_mean",
