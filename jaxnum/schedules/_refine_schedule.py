@@ -48,7 +48,8 @@ def refine_schedule(
         averaged, an addition of ours; "none".
 
     Returns:
-      An `optax.Schedule`: step -> rate. Step 0 has the first value; steps beyond the last keep its value, which is 0.
+      An `optax.Schedule`: step -> rate. Step 0 has the first value, and steps below it too; steps beyond the last keep
+      its value, which is 0: a run that goes on longer stands still.
 
     Raises:
       ValueError: norms that are traced, negative, not a vector, fewer than two, or all zero; an argument out of range.
@@ -74,7 +75,7 @@ def refine_schedule(
     table = np.interp(np.linspace(0, values.size - 1, total), np.arange(values.size), values).astype(np.float32)
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
-        return peak * jnp.asarray(table)[jnp.minimum(jnp.asarray(count), total - 1)]
+        return peak * jnp.asarray(table)[jnp.clip(jnp.asarray(count), 0, total - 1)]
 
     return schedule
 

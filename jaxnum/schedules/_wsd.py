@@ -65,7 +65,8 @@ def wsd(
       init_value: rate of step 0 where there is a warm-up, >= 0.
 
     Returns:
-      An `optax.Schedule`: step, an integer or an array of them, -> rate; beyond `total_steps` the last one.
+      An `optax.Schedule`: step, an integer or an array of them, -> rate. Asked beyond its horizon it holds its ends:
+      from step `total_steps` on the rate is end_ratio * peak, below step 0 that of step 0.
 
     Raises:
       ValueError: an argument out of range, or warm-up and decay longer than the run.
@@ -122,7 +123,7 @@ def wsd_s(
       rewarmup_steps: steps of the linear rise from the decayed rate at the start of later cycles, >= 0; 0 jumps.
 
     Returns:
-      An `optax.Schedule`; beyond the last endpoint it stays at the last rate.
+      An `optax.Schedule`; from the last endpoint on it stays at end_ratio * peak, below step 0 at the rate of step 0.
 
     Raises:
       ValueError: an argument out of range, or a cycle too short for its rise and its decay.
@@ -167,7 +168,7 @@ def wsd_branch(
       decay: as in `wsd`.
 
     Returns:
-      An `optax.Schedule`.
+      An `optax.Schedule`; from step `start_step + decay_steps` on it stays at end_ratio * peak.
 
     Raises:
       ValueError: an argument out of range.
@@ -213,7 +214,7 @@ def _schedule(
     shape = _SHAPES[decay]
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
-        count = jnp.asarray(count)
+        count = jnp.maximum(jnp.asarray(count), 0)
         cycle = jnp.minimum(jnp.searchsorted(cycles.ends, count, side="right"), cycles.ends.size - 1)
         start, rise, length, end = (jnp.asarray(column)[cycle] for column in cycles)
         progress = jnp.clip((count - (end - length)) / length, 0.0, 1.0)

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from jaxnum.training._batch_eigenvalue import batch_eigenvalue as batch_eigenvalue
     from jaxnum.training._batch_learning_rate import batch_learning_rate as batch_learning_rate
     from jaxnum.training._batch_learning_rate import rescale_batch_learning_rate as rescale_batch_learning_rate
+    from jaxnum.training._factored_output import FactoredOutput as FactoredOutput
+    from jaxnum.training._factored_output import factored_output as factored_output
+    from jaxnum.training._factored_output import factored_output_stabilise as factored_output_stabilise
+    from jaxnum.training._factored_output import factored_output_step as factored_output_step
+    from jaxnum.training._factored_output import factored_output_weights as factored_output_weights
     from jaxnum.training._gradient_coding import GradientCode as GradientCode
     from jaxnum.training._gradient_coding import gradient_coding as gradient_coding
     from jaxnum.training._gradient_coding import gradient_coding_decode as gradient_coding_decode
@@ -29,6 +34,8 @@ if TYPE_CHECKING:
     from jaxnum.training._sgd_stability import sgd_stability_monitor as sgd_stability_monitor
     from jaxnum.training._slq_learning_rate import HeavyBall as HeavyBall
     from jaxnum.training._slq_learning_rate import slq_learning_rate as slq_learning_rate
+    from jaxnum.training._spherical_z_loss import spherical_z_loss as spherical_z_loss
+    from jaxnum.training._spherical_z_loss import spherical_z_loss_from_statistics as spherical_z_loss_from_statistics
     from jaxnum.training._sr_sgc import sr_sgc as sr_sgc
     from jaxnum.training._sso import SsoInfo as SsoInfo
     from jaxnum.training._sso import SsoState as SsoState
@@ -45,6 +52,13 @@ __getattr__, __dir__, __all__ = lazy.attach(
     {
         "._batch_eigenvalue": ("BatchEigenvalue", "batch_eigenvalue"),
         "._batch_learning_rate": ("batch_learning_rate", "rescale_batch_learning_rate"),
+        "._factored_output": (
+            "FactoredOutput",
+            "factored_output",
+            "factored_output_stabilise",
+            "factored_output_step",
+            "factored_output_weights",
+        ),
         "._gradient_coding": (
             "GradientCode",
             "gradient_coding",
@@ -64,6 +78,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
             "sgd_stability_monitor",
         ),
         "._slq_learning_rate": ("HeavyBall", "slq_learning_rate"),
+        "._spherical_z_loss": ("spherical_z_loss", "spherical_z_loss_from_statistics"),
         "._sr_sgc": ("sr_sgc",),
         "._sso": ("SsoInfo", "SsoState", "sso", "sso_surrogate"),
         "._straggler_simulation": ("StragglerRun", "straggler_simulation", "straggler_simulation_times"),

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from jaxnum.transforms._n_igt import n_igt_params as n_igt_params
     from jaxnum.transforms._record_norms import NormsState as NormsState
     from jaxnum.transforms._record_norms import record_norms as record_norms
+    from jaxnum.transforms._scale_by_last_iterate import LastIterateState as LastIterateState
+    from jaxnum.transforms._scale_by_last_iterate import scale_by_last_iterate as scale_by_last_iterate
     from jaxnum.transforms._sophia import SophiaState as SophiaState
     from jaxnum.transforms._sophia import scale_by_sophia as scale_by_sophia
     from jaxnum.transforms._sophia import sophia as sophia
@@ -62,6 +64,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "._mkor_stats": ("MkorStats", "mkor_stats"),
         "._n_igt": ("NIgtState", "n_igt", "n_igt_params"),
         "._record_norms": ("NormsState", "record_norms"),
+        "._scale_by_last_iterate": ("LastIterateState", "scale_by_last_iterate"),
         "._sophia": ("SophiaState", "scale_by_sophia", "sophia"),
         "._strict": ("strict",),
         "._trimmed_mean": ("trimmed_mean",),

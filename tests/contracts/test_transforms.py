@@ -9,7 +9,17 @@ import optax
 import pytest
 
 from jaxnum.curvature import gauss_newton_bartlett, hutchinson
-from jaxnum.transforms import adamw_independent, adan, harp, lion, n_igt, record_norms, sophia, strict
+from jaxnum.transforms import (
+    adamw_independent,
+    adan,
+    harp,
+    lion,
+    n_igt,
+    record_norms,
+    scale_by_last_iterate,
+    sophia,
+    strict,
+)
 from tests.contracts import transform
 from tests.contracts.transform import TransformMember
 
@@ -29,6 +39,11 @@ def slowing_igt(learning_rate, eta_power):
 
 def recorded_sgd(learning_rate, momentum):
     return strict(optax.chain(record_norms(4), optax.sgd(learning_rate, momentum)), name="recorded_sgd")
+
+
+def last_iterate_sgd(learning_rate, momentum):
+    shrinking = optax.chain(optax.sgd(learning_rate, momentum), scale_by_last_iterate([1.0] * 400))
+    return strict(shrinking, name="last_iterate_sgd")
 
 
 def sophia_member(name, estimator, extra):
@@ -69,6 +84,7 @@ TRANSFORMS = [
         optax_hyper={"learning_rate": lambda count: 3 / (count + 30)},
     ),
     TransformMember("recorded_sgd", recorded_sgd, {"learning_rate": 0.0005, "momentum": 0.99}),
+    TransformMember("last_iterate_sgd", last_iterate_sgd, {"learning_rate": 0.0005, "momentum": 0.97}),
     TransformMember("strict_adam", strict_adam, {"learning_rate": 0.05}),
     TransformMember("strict_sgd", strict_sgd, {"learning_rate": 0.0005, "momentum": 0.99}),
 ]

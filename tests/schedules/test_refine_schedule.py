@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.ndimage
 
 from jaxnum.schedules import refine_schedule, refine_schedule_values
 
@@ -21,8 +22,7 @@ def test_values_by_hand(p, want):
     by_hand = weights * tails / max(weights * tails)
     got = refine_schedule_values(NORMS, p=p, method="none")
     np.testing.assert_allclose(got, by_hand, rtol=1e-14)
-    if p == 1:
-        np.testing.assert_allclose(got, want, rtol=1e-12)
+    np.testing.assert_allclose(got, want, rtol=1e-12)
     np.testing.assert_allclose(refine_schedule_values(7 * np.array(NORMS), p=p, method="none"), got, rtol=1e-12)
 
 
@@ -32,6 +32,28 @@ def test_constant_norms_give_the_linear_decay_and_beyond_it_the_last_value():
     np.testing.assert_allclose(schedule(jnp.arange(60)), linear(jnp.arange(60)), atol=1e-7)
     longer = jax.vmap(refine_schedule(np.full(50, 3.0), total_steps=99))(jnp.arange(99))
     np.testing.assert_allclose(longer, 1 - np.arange(99) / 98, atol=1e-6)
+
+
+def test_five_constant_norms_by_hand():
+    np.testing.assert_allclose(refine_schedule_values(np.full(5, 3.0)), [1, 0.75, 0.5, 0.25, 0], atol=1e-12)
+
+
+def test_steps_outside_the_horizon_have_the_values_of_its_ends():
+    schedule = refine_schedule(NORMS, method="none", peak=0.5)
+    values = 0.5 * refine_schedule_values(NORMS, method="none")
+    asked = jnp.array([-5, -1, 0, 5, 6, 10**6])
+    np.testing.assert_allclose(schedule(asked), values[[0, 0, 0, 5, 5, 5]], rtol=1e-6)
+    assert float(schedule(10**6)) == 0.0
+
+
+@pytest.mark.parametrize(("share", "steps"), [(0.1, 60), (0.03, 1000), (0.4, 200)])
+def test_the_running_median_of_scipy(share, steps):
+    norms = np.random.default_rng(0).lognormal(size=steps)
+    width = 2 * (int(share * steps) // 2) + 1
+    mirrored = np.pad(norms, (0, 2 * width), mode="reflect")
+    smooth = scipy.ndimage.median_filter(mirrored, size=width, mode="nearest")[: -2 * width]
+    want = refine_schedule_values(smooth, method="none")
+    np.testing.assert_allclose(refine_schedule_values(norms, smoothing=share), want, rtol=1e-12)
 
 
 def test_the_running_median_written_out():

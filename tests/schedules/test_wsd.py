@@ -49,24 +49,74 @@ def test_one_endpoint_is_wsd_and_later_cycles_jump_to_the_peak():
     np.testing.assert_allclose(again(jnp.array([20, 25, 30])), [0.1, 0.55, 1.0], rtol=1e-6)
 
 
-def test_a_branch_resumes_a_run_bit_for_bit():
-    whole = wsd(0.3, 30, 4, 10)
-    start, noise = jnp.ones(3), jax.random.normal(jax.random.key(0), (30, 3))
+NOISE = jax.random.normal(jax.random.key(0), (30, 3))
 
-    def train(schedule, carry, noise):
-        tx = optax.adam(schedule)
 
-        def step(carry, n):
-            x, state = carry
-            updates, state = tx.update(x + n, state, x)
-            return (optax.apply_updates(x, updates), state), None
+def train(schedule, carry, steps):
+    """Parameters and state of noisy Adam after some steps of a run, from a checkpoint or, at None, from the start."""
+    tx = optax.adam(schedule)
 
-        return jax.lax.scan(step, carry or (start, tx.init(start)), noise)[0]
+    def step(carry, n):
+        x, state = carry
+        updates, state = tx.update(x + n, state, x)
+        return (optax.apply_updates(x, updates), state), None
 
-    finished = train(whole, None, noise)
-    # The stable run was meant to be longer; its checkpoint of step 20 is the same.
-    checkpoint = train(wsd(0.3, 300, 4, 10), None, noise[:20])
-    jax.tree.map(np.testing.assert_array_equal, train(wsd_branch(0.3, 20, 10), checkpoint, noise[20:]), finished)
+    x = jnp.ones(3)
+    return jax.jit(lambda c: jax.lax.scan(step, c, NOISE[steps])[0])(carry or (x, tx.init(x)))
+
+
+def through_a_file(carry, schedule, path):
+    """A checkpoint written as a NumPy archive, and read into the tree of a new optimiser."""
+    np.savez(path, *jax.tree.leaves(carry))
+    x = jnp.zeros(3)
+    tree = jax.tree.structure((x, optax.adam(schedule).init(x)))
+    with np.load(path) as saved:
+        return jax.tree.unflatten(tree, [jnp.asarray(saved[name]) for name in saved.files])
+
+
+def same(got, want):
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_branches_off_a_file_equal_runs_of_their_lengths_bit_for_bit(tmp_path):
+    # The stable run is meant to be longer; what it is at steps 10 and 20 does not depend on that.
+    main = wsd(0.3, 300, 4, 10)
+    carry = None
+    for start in (10, 20):
+        carry = train(main, carry, slice(start - 10, start))
+        branch = wsd_branch(0.3, start, 10)
+        restored = through_a_file(carry, branch, tmp_path / f"{start}.npz")
+        got = train(branch, restored, slice(start, start + 10))
+        same(got, train(wsd(0.3, start + 10, 4, 10), None, slice(0, start + 10)))
+
+
+def test_wsd_s_goes_on_from_the_file_of_an_endpoint_with_its_moments(tmp_path):
+    schedule = wsd_s(0.3, [12, 30], 4, decay_fraction=0.3)
+    whole = train(schedule, None, slice(0, 30))
+    finished = train(schedule, None, slice(0, 12))
+    same(train(wsd(0.3, 12, 4, 4), None, slice(0, 12)), finished)
+    restored = through_a_file(finished, schedule, tmp_path / "12.npz")
+    same(train(schedule, restored, slice(12, 30)), whole)
+    # Fresh moments at the endpoint are another run.
+    x, state = restored
+    forgot = (x, jax.tree.map(lambda s: s if s.ndim == 0 else 0 * s, state))
+    assert not np.allclose(train(schedule, forgot, slice(12, 30))[0], whole[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "first", "horizon"),
+    [
+        (wsd(2.0, 30, 5, 10, init_value=0.5), 0.5, 30),
+        (wsd(2.0, 30, 0, 10), 2.0, 30),
+        (wsd_s(2.0, [10, 30], 5), 0.0, 30),
+        (wsd_branch(2.0, 20, 10), 2.0, 30),
+    ],
+    ids=["wsd", "wsd_without_warmup", "wsd_s", "wsd_branch"],
+)
+def test_steps_outside_the_horizon_have_the_rates_of_its_ends(schedule, first, horizon):
+    np.testing.assert_allclose(schedule(jnp.array([horizon, horizon + 1, 10**9])), 0.2, rtol=1e-6)
+    assert float(schedule(horizon - 1)) > 0.2
+    np.testing.assert_array_equal(schedule(jnp.array([-7, 0])), first)
 
 
 def test_counts_beyond_two_to_the_24_lose_no_step():
