@@ -22,7 +22,7 @@ def mu_param(
 
     Adam's steps have entries of about the learning rate, whatever the gradient's size. In a weight matrix of fan-in n
     they line up with its input and change its output by n times that, while the output itself keeps its size: the best
-    rate falls as 1 / n. Vectors, embeddings and the first layer, whose fan-in does not grow with the model, keep theirs.
+    rate falls as 1 / n. Vectors, embeddings and the first layer, whose fan-in is fixed, keep theirs.
 
     Put it after the optimiser's scaling, and before a weight decay that should not know of it:
 

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from jaxnum.curvature import gauss_newton_bartlett, hutchinson
-from jaxnum.transforms import adamw_independent, adan, harp, lion, n_igt, record_norms, sophia, strict
+from jaxnum.transforms import adamw_independent, adan, harp, lion, mu_param, n_igt, record_norms, sophia, strict
 from tests.contracts import transform
 from tests.contracts.transform import TransformMember
 
@@ -28,6 +28,12 @@ def recorded_sgd(learning_rate, momentum):
     return strict(optax.chain(record_norms(4), optax.sgd(learning_rate, momentum)), name="recorded_sgd")
 
 
+def mu_param_sgd(learning_rate, momentum):
+    fan_in = lambda path, leaf: 2.0 if path == "w" else None  # noqa: E731
+    # First, so that it is its checks that speak.
+    return optax.chain(mu_param(fan_in, base_fan_in=1), optax.sgd(learning_rate, momentum))
+
+
 def sophia_member(name, estimator, extra):
     hyper = {"learning_rate": 0.02, "b1": 0.9, "weight_decay": 0.0}
     return TransformMember(
@@ -40,6 +46,7 @@ TRANSFORMS = [
     TransformMember("adan", adan, {"learning_rate": 0.02, "b1": 0.9, "weight_decay": 1e-3}),
     TransformMember("adamw_independent", adamw_independent, {"peak": 0.05, "weight_decay": 1e-4}),
     TransformMember("lion", lion, {"learning_rate": 0.02, "weight_decay": 1e-3}),
+    TransformMember("mu_param_sgd", mu_param_sgd, {"learning_rate": 0.0005, "momentum": 0.99}),
     TransformMember("n_igt", slowing_igt, {"learning_rate": 0.2, "eta_power": 0.5}),
     TransformMember(
         "harp", harp, {"learning_rate": 0.05}, {"key": jax.random.key(0)}, lambda loss, residuals: {"obj_fn": loss}
