@@ -5,42 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.ops.opposing_signals import descend, loss, planted
 from jaxnum.training import (
     opposing_signals,
     opposing_signals_feature,
     opposing_signals_groups,
     opposing_signals_score,
-    per_example_losses,
 )
 from kernels_pallas.checks import ShapeError
-
-
-def planted():
-    """200 examples, of which ten have a large feature, half of them with each target."""
-    rng = np.random.default_rng(0)
-    features = rng.standard_normal((200, 20))
-    targets = np.sign(features[:, 0] + 0.3 * rng.standard_normal(200))
-    extra = np.zeros((200, 1))
-    extra[:10] = 20
-    targets[:5], targets[5:10] = 1, -1
-    weights = (0.1 * rng.standard_normal((21, 10)), 0.1 * rng.standard_normal((10, 1)))
-    return (jnp.asarray(np.hstack([features, extra])), jnp.asarray(targets)), tuple(map(jnp.asarray, weights))
-
-
-def loss(params, example):
-    x, y = example
-    return 0.5 * ((x @ params[0] @ params[1])[0] - y) ** 2
-
-
-def descend(data, params, rate, steps=1500):
-    """Losses of every example before every step, and the parameters there."""
-
-    def step(params, _):
-        losses = per_example_losses(loss, params, data)
-        gradient = jax.grad(lambda p: per_example_losses(loss, p, data).mean())(params)
-        return jax.tree.map(lambda p, g: p - rate * g, params, gradient), (losses, params)
-
-    return jax.jit(lambda p: jax.lax.scan(step, p, length=steps)[1])(params)
 
 
 def test_planted_groups_are_found_at_the_edge_of_stability(x64):
