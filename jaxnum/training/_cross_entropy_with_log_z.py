@@ -59,11 +59,12 @@ def cross_entropy_with_log_z(
       DtypeError: logits are not floating-point, labels not integers.
       ValueError: `axis` is not one of the logits', the coefficient is negative.
 
-    Cost: one pass over the logits forwards, one backwards, which writes the gradient in their dtype. Memory: the
-    logits and log Z are kept, no softmax.
+    Cost: one exponential a logit, forwards; backwards one pass. Kept in between: an array like the logits, in whose
+    place the gradient is written.
 
-    Numerics: exponentials and sums in float32 at least, whatever the logits' dtype. A label outside [0, V) gives NaN,
-    in the gradient too; so does a logit of NaN or +inf. A logit of -inf is a class of probability 0.
+    Numerics: exponentials and sums in float32 at least, whatever the logits' dtype; what is kept for the gradient is
+    rounded to theirs. A label outside [0, V) gives NaN, in the gradient too; so does a logit of NaN or +inf. A logit of
+    -inf is a class of probability 0.
 
     Derivatives: reverse mode, any number of times; forward mode is refused.
 
@@ -90,7 +91,9 @@ def cross_entropy_with_log_z(
     if where is not None:
         counts = jnp.asarray(where) != 0
         logits, labels = jnp.where(counts[..., None], logits, 0), jnp.where(counts, labels, 0)
-    cross_entropy, log_z = _cross_entropy(logits, jnp.asarray(labels))
+    # Short integers might not count the classes.
+    labels = jnp.asarray(labels, jnp.promote_types(jnp.result_type(labels), jnp.int32))
+    cross_entropy, log_z = _cross_entropy(logits, labels)
     penalty = coefficient * jnp.square(log_z)
     if where is not None:
         cross_entropy, penalty = (jnp.asarray(where).astype(log_z.dtype) * part for part in (cross_entropy, penalty))
@@ -101,26 +104,36 @@ def cross_entropy_with_log_z(
 @jax.custom_vjp
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy and log Z over the last axis."""
-    log_z = jax.nn.logsumexp(logits.astype(accumulator(logits.dtype)), axis=-1)
-    inside = (labels >= 0) & (labels < logits.shape[-1])
-    chosen = jnp.take_along_axis(logits, jnp.where(inside, labels, 0)[..., None], axis=-1)[..., 0]
-    return jnp.where(inside, log_z - chosen, jnp.nan), log_z
+    return _forward(logits, labels)[0]
 
 
 def _forward(logits: jax.Array, labels: jax.Array) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
-    cross_entropy, log_z = _cross_entropy(logits, labels)
-    return (cross_entropy, log_z), (logits, labels, log_z)
+    wide = logits.astype(accumulator(logits.dtype))
+    # Where every logit is -inf, the difference would be NaN before log Z can be -inf. A constant to derivatives, since
+    # no result depends on it.
+    top = jax.lax.stop_gradient(jnp.max(wide, axis=-1))
+    top = jnp.where(top == -jnp.inf, 0, top)
+    powers = jnp.exp(wide - top[..., None])
+    total = jnp.sum(powers, axis=-1)
+    log_z = top + jnp.log(total)
+    inside = _inside(logits, labels)
+    chosen = jnp.take_along_axis(wide, jnp.where(inside, labels, 0)[..., None], axis=-1)[..., 0]
+    # Backwards, the gradient can take the place of the powers: they cost no memory, and no second exponential.
+    return (jnp.where(inside, log_z - chosen, jnp.nan), log_z), (powers.astype(logits.dtype), total, labels)
 
 
 def _backward(saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, np.ndarray]:
     """softmax (g + h) - onehot g, for cotangents g of the cross-entropy and h of log Z."""
-    logits, labels, log_z = saved
+    powers, total, labels = saved
     g, h = cotangents
-    g = jnp.where((labels >= 0) & (labels < logits.shape[-1]), g, jnp.nan)
-    softmax = jnp.exp(logits.astype(log_z.dtype) - log_z[..., None])
-    here = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1) == labels[..., None]
-    gradient = softmax * (g + h)[..., None] - jnp.where(here, g[..., None], 0)
-    return gradient.astype(logits.dtype), np.zeros(labels.shape, jax.dtypes.float0)
+    g = jnp.where(_inside(powers, labels), g, jnp.nan)
+    here = jax.lax.broadcasted_iota(labels.dtype, powers.shape, powers.ndim - 1) == labels[..., None]
+    gradient = powers * ((g + h) / total)[..., None] - jnp.where(here, g[..., None], 0)
+    return gradient.astype(powers.dtype), np.zeros(labels.shape, jax.dtypes.float0)
+
+
+def _inside(classes: jax.Array, labels: jax.Array) -> jax.Array:
+    return (labels >= 0) & (labels < classes.shape[-1])
 
 
 _cross_entropy.defvjp(_forward, _backward)

@@ -52,13 +52,14 @@ def test_a_shift_moves_the_penalty_alone(key, x64):
 
 
 def test_shorter_logits_are_summed_in_float32(key):
-    logits, labels = problem(key, "bfloat16", (4,), 5000)
+    logits, labels = problem(key, "bfloat16", (4,), 2000)
+    labels = (labels % 128).astype("int8")
     result, gradient = jax.value_and_grad(lambda x: cross_entropy_with_log_z(x, labels).loss.sum())(logits)
     wide = logits.astype("float32")
     want, expected = jax.value_and_grad(lambda x: cross_entropy_with_log_z(x, labels).loss.sum())(wide)
     assert result.dtype == jnp.float32
     assert gradient.dtype == jnp.bfloat16
-    np.testing.assert_allclose(result, want, rtol=tolerance("float32", 5000))
+    np.testing.assert_allclose(result, want, rtol=tolerance("float32", 2000))
     np.testing.assert_allclose(gradient.astype("float32"), expected, rtol=tolerance("bfloat16"), atol=1e-6)
 
 
