@@ -75,12 +75,12 @@ def recovery() -> dict[str, float]:
             "rising_steps": len(events),
             "rising_steps_below_the_edge": len(below),
             "mean_recovery_of_5": float(np.mean(found)),
-            "cosine": score.cosine,
-            "norm_ratio_up": score.up_ratio,
-            "norm_ratio_down": score.down_ratio,
-            "share_of_gradient_norms": score.share,
-            "share_of_feature": opposing_signals_feature(data[0], event.groups)[0],
-            "sharpness_between_over_largest": along / length / sharpest,
+            "cosine": float(score.cosine),
+            "norm_ratio_up": float(score.up_ratio),
+            "norm_ratio_down": float(score.down_ratio),
+            "share_of_gradient_norms": float(score.share),
+            "share_of_feature": float(opposing_signals_feature(data[0], event.groups)[0]),
+            "sharpness_between_over_largest": float(along / length / sharpest),
         }
 
 
@@ -114,7 +114,6 @@ register(
             "opposing_signals_groups",
             "opposing_signals_score",
             "opposing_signals_feature",
-            "per_example_losses",
         ),
         shapes={"50k_examples": {"examples": 50_000, "k": 32}},
         make=make,
