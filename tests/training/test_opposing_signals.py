@@ -17,7 +17,7 @@ from kernels_pallas.checks import ShapeError
 
 def test_planted_groups_are_found_at_the_edge_of_stability(x64):
     data, params = planted()
-    losses, path = descend(data, params, 0.15)
+    losses, path = descend(data, params, 0.15, 300)
     events = [event for event in opposing_signals(losses, 5) if event.step > 5]
     # Relative rises; ten of the twelve are above 1e-4 of the loss's own unit too.
     absolute = [event.step for event in events if losses[event.step].mean() - losses[event.step - 1].mean() > 1e-4]
@@ -35,8 +35,8 @@ def test_planted_groups_are_found_at_the_edge_of_stability(x64):
     assert all(a != b for a, b in zip(firsts, firsts[1:], strict=False))
 
     before = jax.tree.map(lambda leaf: leaf[events[0].step - 1], path)
-    score = opposing_signals_score(loss, before, data, events[0].groups, batch_size=64)
-    gradients = jax.vmap(jax.grad(loss), (None, 0))(before, data)
+    score = jax.jit(lambda *given: opposing_signals_score(loss, *given, batch_size=64))(before, data, events[0].groups)
+    gradients = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(before, data)
     flat = np.concatenate([np.asarray(leaf).reshape(200, -1) for leaf in gradients], axis=1)
     up, down = (flat[list(group)].mean(axis=0) for group in events[0].groups[:2])
     norms = np.linalg.norm(flat, axis=1)
@@ -52,7 +52,7 @@ def test_planted_groups_are_found_at_the_edge_of_stability(x64):
 
 def test_below_the_edge_nothing_rises_and_beyond_it_the_search_ends(x64):
     data, params = planted()
-    assert [event for event in opposing_signals(descend(data, params, 0.1)[0], 5) if event.step > 5] == []
+    assert [event for event in opposing_signals(descend(data, params, 0.1, 300)[0], 5) if event.step > 5] == []
     losses, _ = descend(data, params, 0.25, 100)
     with pytest.warns(RuntimeWarning, match="^opposing_signals: losses of step .* are not all finite"):
         events = opposing_signals(losses, 5)
