@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from jaxnum.training._batch_eigenvalue import batch_eigenvalue as batch_eigenvalue
     from jaxnum.training._batch_learning_rate import batch_learning_rate as batch_learning_rate
     from jaxnum.training._batch_learning_rate import rescale_batch_learning_rate as rescale_batch_learning_rate
+    from jaxnum.training._cross_entropy_with_log_z import LossWithLogZ as LossWithLogZ
+    from jaxnum.training._cross_entropy_with_log_z import cross_entropy_with_log_z as cross_entropy_with_log_z
+    from jaxnum.training._extrapolate_power_law import PowerLaw as PowerLaw
+    from jaxnum.training._extrapolate_power_law import extrapolate_power_law as extrapolate_power_law
     from jaxnum.training._factored_output import FactoredOutput as FactoredOutput
     from jaxnum.training._factored_output import factored_output as factored_output
     from jaxnum.training._factored_output import factored_output_stabilise as factored_output_stabilise
@@ -24,9 +28,26 @@ if TYPE_CHECKING:
     from jaxnum.training._gradient_coding import gradient_coding_scheme as gradient_coding_scheme
     from jaxnum.training._gradient_coding import gradient_coding_vector as gradient_coding_vector
     from jaxnum.training._hessian_noise import hessian_noise as hessian_noise
+    from jaxnum.training._lr_sensitivity import LrSweep as LrSweep
+    from jaxnum.training._lr_sensitivity import lr_sensitivity as lr_sensitivity
+    from jaxnum.training._lr_sensitivity import lr_sensitivity_sweep as lr_sensitivity_sweep
     from jaxnum.training._m_sgc import m_sgc as m_sgc
+    from jaxnum.training._max_attention_logit import max_attention_logit as max_attention_logit
     from jaxnum.training._mean_square_stability import mean_square_stability as mean_square_stability
     from jaxnum.training._mean_square_stability import mean_square_stability_rate as mean_square_stability_rate
+    from jaxnum.training._opposing_signals import OpposingEvent as OpposingEvent
+    from jaxnum.training._opposing_signals import OpposingGroups as OpposingGroups
+    from jaxnum.training._opposing_signals import OpposingScore as OpposingScore
+    from jaxnum.training._opposing_signals import opposing_signals as opposing_signals
+    from jaxnum.training._opposing_signals import opposing_signals_feature as opposing_signals_feature
+    from jaxnum.training._opposing_signals import opposing_signals_groups as opposing_signals_groups
+    from jaxnum.training._opposing_signals import opposing_signals_score as opposing_signals_score
+    from jaxnum.training._per_example_losses import per_example_losses as per_example_losses
+    from jaxnum.training._qk_layernorm import qk_layernorm as qk_layernorm
+    from jaxnum.training._rms import GradRms as GradRms
+    from jaxnum.training._rms import grad_rms as grad_rms
+    from jaxnum.training._rms import rms as rms
+    from jaxnum.training._rms import update_rms as update_rms
     from jaxnum.training._sgd_stability import SgdStability as SgdStability
     from jaxnum.training._sgd_stability import SgdStabilityState as SgdStabilityState
     from jaxnum.training._sgd_stability import sgd_stability as sgd_stability
@@ -52,6 +73,8 @@ __getattr__, __dir__, __all__ = lazy.attach(
     {
         "._batch_eigenvalue": ("BatchEigenvalue", "batch_eigenvalue"),
         "._batch_learning_rate": ("batch_learning_rate", "rescale_batch_learning_rate"),
+        "._cross_entropy_with_log_z": ("LossWithLogZ", "cross_entropy_with_log_z"),
+        "._extrapolate_power_law": ("PowerLaw", "extrapolate_power_law"),
         "._factored_output": (
             "FactoredOutput",
             "factored_output",
@@ -68,8 +91,22 @@ __getattr__, __dir__, __all__ = lazy.attach(
             "gradient_coding_vector",
         ),
         "._hessian_noise": ("hessian_noise",),
+        "._lr_sensitivity": ("LrSweep", "lr_sensitivity", "lr_sensitivity_sweep"),
         "._m_sgc": ("m_sgc",),
+        "._max_attention_logit": ("max_attention_logit",),
         "._mean_square_stability": ("mean_square_stability", "mean_square_stability_rate"),
+        "._opposing_signals": (
+            "OpposingEvent",
+            "OpposingGroups",
+            "OpposingScore",
+            "opposing_signals",
+            "opposing_signals_feature",
+            "opposing_signals_groups",
+            "opposing_signals_score",
+        ),
+        "._per_example_losses": ("per_example_losses",),
+        "._qk_layernorm": ("qk_layernorm",),
+        "._rms": ("GradRms", "grad_rms", "rms", "update_rms"),
         "._sgd_stability": (
             "SgdStability",
             "SgdStabilityState",

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from jaxnum.transforms._mkor_layers import mkor_layers as mkor_layers
     from jaxnum.transforms._mkor_stats import MkorStats as MkorStats
     from jaxnum.transforms._mkor_stats import mkor_stats as mkor_stats
+    from jaxnum.transforms._mu_param import mu_param as mu_param
+    from jaxnum.transforms._mu_param import mu_param_multipliers as mu_param_multipliers
     from jaxnum.transforms._n_igt import NIgtState as NIgtState
     from jaxnum.transforms._n_igt import n_igt as n_igt
     from jaxnum.transforms._n_igt import n_igt_params as n_igt_params
@@ -62,6 +64,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "._mkor_hybrid": ("MkorHybridState", "mkor_hybrid"),
         "._mkor_layers": ("MkorLayer", "mkor_layers"),
         "._mkor_stats": ("MkorStats", "mkor_stats"),
+        "._mu_param": ("mu_param", "mu_param_multipliers"),
         "._n_igt": ("NIgtState", "n_igt", "n_igt_params"),
         "._record_norms": ("NormsState", "record_norms"),
         "._scale_by_last_iterate": ("LastIterateState", "scale_by_last_iterate"),

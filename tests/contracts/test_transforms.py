@@ -20,6 +20,7 @@ from jaxnum.transforms import (
     sophia,
     strict,
 )
+from jaxnum.transforms import adamw_independent, adan, harp, lion, mu_param, n_igt, record_norms, sophia, strict
 from tests.contracts import transform
 from tests.contracts.transform import TransformMember
 
@@ -44,6 +45,10 @@ def recorded_sgd(learning_rate, momentum):
 def last_iterate_sgd(learning_rate, momentum):
     shrinking = optax.chain(optax.sgd(learning_rate, momentum), scale_by_last_iterate([1.0] * 400))
     return strict(shrinking, name="last_iterate_sgd")
+def mu_param_sgd(learning_rate, momentum):
+    fan_in = lambda path, leaf: 2.0 if path == "w" else None  # noqa: E731
+    # First, so that it is its checks that speak.
+    return optax.chain(mu_param(fan_in, base_fan_in=1), optax.sgd(learning_rate, momentum))
 
 
 def sophia_member(name, estimator, extra):
@@ -54,6 +59,11 @@ def sophia_member(name, estimator, extra):
 
 TRANSFORMS = [
     sophia_member("sophia_h", hutchinson, lambda loss, residuals: {"obj_fn": loss}),
+    TransformMember("adan", adan, {"learning_rate": 0.02, "b1": 0.9, "weight_decay": 1e-3}),
+    TransformMember("adamw_independent", adamw_independent, {"peak": 0.05, "weight_decay": 1e-4}),
+    TransformMember("lion", lion, {"learning_rate": 0.02, "weight_decay": 1e-3}),
+    TransformMember("mu_param_sgd", mu_param_sgd, {"learning_rate": 0.0005, "momentum": 0.99}),
+    TransformMember("n_igt", slowing_igt, {"learning_rate": 0.2, "eta_power": 0.5}),
     TransformMember(
         "adan", adan, {"learning_rate": 0.02, "b1": 0.9, "weight_decay": 1e-3}, optax_hyper={"learning_rate": 0.1}
     ),
