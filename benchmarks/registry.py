@@ -124,6 +124,7 @@ EXEMPT = {
     "harp": "figures in the row of n_igt",
     "lion": "optax's step, scaled",
     "lion_from_adamw": "two numbers",
+    "intrinsic_dimension": "figures in the row of random_subspace",
     "adamw_independent": "optax's adamw with its last two steps changed",
     "record_norms": "one sum of squares, which XLA fuses",
     "newton_cg": "gradients and Hessian products of the user's f, which cost what f costs",
