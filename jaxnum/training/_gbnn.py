@@ -127,7 +127,7 @@ def gbnn(
     whole = units_per_step >= 1 and units >= units_per_step and units % units_per_step == 0
     checks.value("gbnn", "units", whole, f"be a multiple of `units_per_step` = {units_per_step}", units)
     if not checks.traced(eta):
-        checks.value("gbnn", "eta", 0 < eta <= 1, "be in (0, 1]", eta)
+        checks.value("gbnn", "eta", 0 < float(eta) <= 1, "be in (0, 1]", eta)
     checks.value("gbnn", "subsample", 0 < subsample <= 1, "be in (0, 1]", subsample)
     checks.choice("gbnn", "activation", activation, tuple(_UNITS))
     wide = accumulator(jnp.result_type(X, y))
@@ -264,7 +264,7 @@ def _minimised(objective: Callable, start: tuple[jax.Array, ...], iterations: in
         weights, state, steps, _ = carry
         value, gradient = evaluate(weights, state=state)
         updates, state = optimiser.update(gradient, state, weights, value=value, grad=gradient, value_fn=objective)
-        steepest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in gradient]))
+        steepest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(gradient)]))
         return optax.apply_updates(weights, updates), state, steps + 1, steepest
 
     first = (start, optimiser.init(start), jnp.int32(0), jnp.asarray(jnp.inf, start[0].dtype))
