@@ -181,6 +181,8 @@ for width, result in found.items():
     right.plot([sizes[width]] * 2, [low, high], color=colours[width], lw=6, alpha=0.25, solid_capstyle="butt")
     right.plot(sizes[width], result.dimension, "o", color=colours[width])
 right.set(xscale="log", xlim=(2e3, 5e4), ylim=(0, most), xlabel="parameters D", ylabel="dimensions needed")
+right.set_xticks(list(sizes.values()), [f"{size:,d}" for size in sizes.values()], fontsize=8)
+right.minorticks_off()
 right.set_title("bars: from no seed to every seed", fontsize=9)
 plt.show()
 
@@ -258,7 +260,7 @@ print(f"{float(accuracy(rebuilt, x_test, y_test)):.3f} instead of {baselines[64]
 # ## What to take along
 #
 # - The number of parameters says little about how hard a problem is. The ten conditions took ten dimensions of a
-#   thousand, exactly; the digits take about 130 to 160, whether the network has 3,500 parameters or 26,000.
+#   thousand, exactly; the digits take about 110 to 130, whether the network has 3,500 parameters or 26,000.
 # - Labels that must be memorised take many times more dimensions than labels that follow from the image.
 # - The figure is for a score: 90 % of full training. The curve has no step at it as the toy has, and the last per
 #   cents cost more than all before: at 320 dimensions some accuracy is still missing.
