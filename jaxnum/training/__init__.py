@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from jaxnum.training._factored_output import factored_output_stabilise as factored_output_stabilise
     from jaxnum.training._factored_output import factored_output_step as factored_output_step
     from jaxnum.training._factored_output import factored_output_weights as factored_output_weights
+    from jaxnum.training._fwht import fwht as fwht
+    from jaxnum.training._gbnn import Gbnn as Gbnn
+    from jaxnum.training._gbnn import GbnnLoss as GbnnLoss
+    from jaxnum.training._gbnn import gbnn as gbnn
+    from jaxnum.training._gbnn import gbnn_layer as gbnn_layer
+    from jaxnum.training._gbnn import gbnn_predict as gbnn_predict
     from jaxnum.training._gradient_coding import GradientCode as GradientCode
     from jaxnum.training._gradient_coding import gradient_coding as gradient_coding
     from jaxnum.training._gradient_coding import gradient_coding_decode as gradient_coding_decode
@@ -28,6 +34,8 @@ if TYPE_CHECKING:
     from jaxnum.training._gradient_coding import gradient_coding_scheme as gradient_coding_scheme
     from jaxnum.training._gradient_coding import gradient_coding_vector as gradient_coding_vector
     from jaxnum.training._hessian_noise import hessian_noise as hessian_noise
+    from jaxnum.training._intrinsic_dimension import IntrinsicDimension as IntrinsicDimension
+    from jaxnum.training._intrinsic_dimension import intrinsic_dimension as intrinsic_dimension
     from jaxnum.training._lr_sensitivity import LrSweep as LrSweep
     from jaxnum.training._lr_sensitivity import lr_sensitivity as lr_sensitivity
     from jaxnum.training._lr_sensitivity import lr_sensitivity_sweep as lr_sensitivity_sweep
@@ -44,6 +52,10 @@ if TYPE_CHECKING:
     from jaxnum.training._opposing_signals import opposing_signals_score as opposing_signals_score
     from jaxnum.training._per_example_losses import per_example_losses as per_example_losses
     from jaxnum.training._qk_layernorm import qk_layernorm as qk_layernorm
+    from jaxnum.training._random_subspace import Projection as Projection
+    from jaxnum.training._random_subspace import Subspace as Subspace
+    from jaxnum.training._random_subspace import random_subspace as random_subspace
+    from jaxnum.training._random_subspace import random_subspace_projection as random_subspace_projection
     from jaxnum.training._rms import GradRms as GradRms
     from jaxnum.training._rms import grad_rms as grad_rms
     from jaxnum.training._rms import rms as rms
@@ -82,6 +94,8 @@ __getattr__, __dir__, __all__ = lazy.attach(
             "factored_output_step",
             "factored_output_weights",
         ),
+        "._fwht": ("fwht",),
+        "._gbnn": ("Gbnn", "GbnnLoss", "gbnn", "gbnn_layer", "gbnn_predict"),
         "._gradient_coding": (
             "GradientCode",
             "gradient_coding",
@@ -91,6 +105,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
             "gradient_coding_vector",
         ),
         "._hessian_noise": ("hessian_noise",),
+        "._intrinsic_dimension": ("IntrinsicDimension", "intrinsic_dimension"),
         "._lr_sensitivity": ("LrSweep", "lr_sensitivity", "lr_sensitivity_sweep"),
         "._m_sgc": ("m_sgc",),
         "._max_attention_logit": ("max_attention_logit",),
@@ -106,6 +121,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         ),
         "._per_example_losses": ("per_example_losses",),
         "._qk_layernorm": ("qk_layernorm",),
+        "._random_subspace": ("Projection", "Subspace", "random_subspace", "random_subspace_projection"),
         "._rms": ("GradRms", "grad_rms", "rms", "update_rms"),
         "._sgd_stability": (
             "SgdStability",
