@@ -75,7 +75,7 @@ TRANSFORMS = [
     TransformMember("adan", adan, {"learning_rate": 0.02, "b1": 0.9, "weight_decay": 1e-3}),
     TransformMember("adamw_independent", adamw_independent, {"peak": 0.05, "weight_decay": 1e-4}),
     TransformMember("lion", lion, {"learning_rate": 0.02, "weight_decay": 1e-3}),
-    TransformMember("mkor", fitted_mkor, {"learning_rate": 0.0005, "momentum": 0.99}),
+    TransformMember("mkor", fitted_mkor, {"learning_rate": 0.002, "momentum": 0.95}),
     TransformMember("n_igt", slowing_igt, {"learning_rate": 0.2, "eta_power": 0.5}),
     TransformMember(
         "harp", harp, {"learning_rate": 0.05}, {"key": jax.random.key(0)}, lambda loss, residuals: {"obj_fn": loss}
