@@ -72,7 +72,7 @@ def test_bad_layers():
         (
             {"l": MkorLayer("w", "b", "out_in")},
             ShapeError,
-            r"`layers\['l'\].bias` must have shape \(3,\) to match `w` \(3, 4\), read as out_in; got \(4,\). Set `order`",
+            r"`layers\['l'\].bias` must have shape \(3,\) to match `w` \(3, 4\), read as out_in; got \(4,\). Set",
         ),
         ({"l": MkorLayer("w"), "m": MkorLayer("w")}, TreeError, r"`layers\['m'\].weight` must be in one layer only"),
         ({"l": MkorLayer("w", order="io")}, ValueError, r"`layers\['l'\].order` must be one of"),
