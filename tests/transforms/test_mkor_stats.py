@@ -60,13 +60,13 @@ def close(got, want, dtype="float64", size=100):
 def test_statistics_equal_means_over_examples(key, x64, lead):
     p, x, y = problem(key, *lead)
     value, grads, stats = jax.jit(lambda p: mkor_stats(loss, p, x, y, layers=LAYERS))(p)
-    close(stats, per_example(p, x, y))
-    close((value, grads), jax.value_and_grad(loss)(p, x, y))
+    close(stats, jax.jit(per_example)(p, x, y))
+    close((value, grads), jax.jit(jax.value_and_grad(loss))(p, x, y))
 
 
 def test_taps_inside_vmap_checkpoint_and_loops(key, x64):
     p, x, y = problem(key, 4, 6)
-    want = mkor_stats(loss, p, x, y, layers=LAYERS)
+    want = jax.jit(lambda p: mkor_stats(loss, p, x, y, layers=LAYERS))(p)
 
     def by_example(p, x, y, tap):
         return jnp.mean(jax.vmap(jax.checkpoint(lambda x, y: loss(p, x, y, tap)))(x, y))
@@ -78,17 +78,18 @@ def test_taps_inside_vmap_checkpoint_and_loops(key, x64):
         return 0.5 * (loss(p, x[:2], y[:2], tap) + loss(p, x[2:], y[2:], tap))
 
     for same in (by_example, by_loop, by_parts):
-        close(mkor_stats(same, p, x, y, layers=LAYERS), want)
+        close(jax.jit(lambda p, same=same: mkor_stats(same, p, x, y, layers=LAYERS))(p), want)
 
 
 def test_auxiliary_output_and_bfloat16(key):
     p, x, y = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), problem(key, 512))
 
     def both(p, x, y, tap):
-        return loss(p, x, y, tap), x.shape
+        return loss(p, x, y, tap), 2 * y
 
-    (value, shape), grads, stats = mkor_stats(both, p, x, y, layers=LAYERS, has_aux=True)
-    assert (value.dtype, shape, grads["b"].dtype) == (jnp.bfloat16, (512, 3), jnp.bfloat16)
+    (value, twice), grads, stats = jax.jit(lambda p: mkor_stats(both, p, x, y, layers=LAYERS, has_aux=True))(p)
+    assert value.dtype == grads["b"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(twice, 2 * y)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(stats))
     exact = np.asarray(x, float).mean(axis=0)
     np.testing.assert_allclose(stats["up"][0][:3], exact, rtol=0, atol=tolerance("float32", 512))
@@ -113,8 +114,9 @@ def test_flax_by_interception(key):
             out = Model().apply({"params": params}, x)
         return jnp.mean(jnp.sum((out - y) ** 2, axis=-1))
 
-    got = mkor_stats(flax_loss, params, x, y, layers=mkor_layers(params, "kernel", "bias"))
-    close(got.stats, mkor_stats(loss, p, x, y, layers=LAYERS).stats, "float32")
+    layers = mkor_layers(params, "kernel", "bias")
+    got = jax.jit(lambda params: mkor_stats(flax_loss, params, x, y, layers=layers).stats)(params)
+    close(got, jax.jit(per_example)(p, x, y), "float32")
 
 
 def test_equinox_inside_vmap(key):
@@ -134,8 +136,8 @@ def test_equinox_inside_vmap(key):
         return jnp.mean(jnp.sum((jax.vmap(one)(x) - y) ** 2, axis=-1))
 
     layers = mkor_layers(params, "weight", "bias", order="out_in")
-    got = mkor_stats(eqx_loss, params, x, y, layers=layers).stats
-    want = mkor_stats(loss, p, x, y, layers=LAYERS).stats
+    got = jax.jit(lambda params: mkor_stats(eqx_loss, params, x, y, layers=layers).stats)(params)
+    want = jax.jit(per_example)(p, x, y)
     close((got["0"], got["1"]), (want["up"], want["down"]), "float32")
 
 
