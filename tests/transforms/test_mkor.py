@@ -192,6 +192,16 @@ def test_optimiser_is_momentum_decay_and_rate(key, x64):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance("float64", 30)), got, want)
 
 
+def test_other_leaves_under_another_optimiser(key):
+    params, grads, stats = layer_problem(key, jnp.float32)
+    parts = {"mkor": mkor(0.1, LAYERS), "sgd": optax.sgd(0.5)}
+    tx = optax.multi_transform(parts, {"w": "mkor", "b": "mkor", "other": "sgd"})
+    got, _ = once(tx, grads, params, stats)
+    want, _ = once(mkor(0.1, LAYERS), grads, params, stats)
+    np.testing.assert_allclose(got["w"], want["w"], rtol=tolerance("float32", 20))
+    np.testing.assert_allclose(got["other"], -0.5 * grads["other"], rtol=tolerance("float32"))
+
+
 def network(key):
     keys = jax.random.split(key, 4)
     params = {
