@@ -143,7 +143,8 @@ def _watched(state: MkorHybridState, value: Any, threshold: Any, patience: Any, 
     ends = count >= window
     mean = total / count
     decrease = (state.previous - mean) / jnp.abs(state.previous)
-    slow = jnp.where(ends, jnp.where(decrease < threshold, state.slow + 1, 0), state.slow)
+    too_little = jnp.isfinite(decrease) & (decrease < threshold)
+    slow = jnp.where(ends, jnp.where(too_little, state.slow + 1, 0), state.slow)
     return state._replace(
         count=jnp.where(ends, 0, count),
         total=jnp.where(ends, 0.0, total),

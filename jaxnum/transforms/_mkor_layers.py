@@ -53,7 +53,8 @@ def mkor_layers(
 
     flax: `mkor_layers(variables["params"], "kernel", "bias")`, whose names are the paths of the modules. equinox:
     `mkor_layers(model, "weight", "bias", order="out_in")`. A plain tree: `mkor_layers(params, "w", "b")`.
-    Where names do not tell, write the dict of `MkorLayer` by hand.
+    Where names do not tell, write the dict of `MkorLayer` by hand. A leaf is one layer: weights stacked for a loop over
+    layers have three axes, and are passed over.
 
     Args:
       params: tree of arrays, or of anything with a shape, such as `jax.eval_shape` gives.
@@ -71,8 +72,8 @@ def mkor_layers(
 
     Cost: one walk over the paths, on the host.
 
-    Source: the layers that M. Mozaffari, S. Li, Z. Zhang, M. M. Dehnavi, "MKOR: Momentum-Enabled Kronecker-Factor-Based
-    Optimizer Using Rank-1 Updates", 2023, arXiv 2306.01685, section 3, preconditions; the names are ours.
+    Source: the layers of M. Mozaffari, S. Li, Z. Zhang, M. M. Dehnavi, "MKOR: Momentum-Enabled Kronecker-Factor-Based
+    Optimizer Using Rank-1 Updates", 2023, arXiv 2306.01685, Algorithm 1; the names are ours.
 
     Example:
       >>> import jax.numpy as jnp

@@ -10,6 +10,7 @@ import pytest
 
 from jaxnum.curvature import gauss_newton_bartlett, hutchinson
 from jaxnum.transforms import (
+    MkorLayer,
     adamw_independent,
     adan,
     harp,
@@ -21,6 +22,12 @@ from jaxnum.transforms import (
     strict,
 )
 from jaxnum.transforms import adamw_independent, adan, harp, lion, mu_param, n_igt, record_norms, sophia, strict
+    mkor,
+    n_igt,
+    record_norms,
+    sophia,
+    strict,
+)
 from tests.contracts import transform
 from tests.contracts.transform import TransformMember
 
@@ -49,6 +56,28 @@ def mu_param_sgd(learning_rate, momentum):
     fan_in = lambda path, leaf: 2.0 if path == "w" else None  # noqa: E731
     # First, so that it is its checks that speak.
     return optax.chain(mu_param(fan_in, base_fan_in=1), optax.sgd(learning_rate, momentum))
+def layer_of(params):
+    """The parabola as a layer, whose bias must fit; Rosenbrock's function has none."""
+    if not isinstance(params, dict):
+        return {}
+    fits = params["b"].shape == params["w"].shape[1:]
+    return {"w": MkorLayer("w", "b" if fits else None)}
+
+
+def fitted_mkor(learning_rate, momentum):
+    """Statistics come with each step: here they are those of the parameters that it gets."""
+    optimiser = mkor(learning_rate, layer_of, momentum=momentum, stats_every=2)
+
+    def update(updates, state, params=None, **extra_args):
+        if params is None:
+            return optimiser.update(updates, state)
+        stats = {}
+        for name, layer in layer_of(params).items():
+            one = [jnp.ones(1, params["w"].dtype)] if layer.bias else []
+            stats[name] = jnp.concatenate([params["w"].mean(axis=1), *one]), params["w"].mean(axis=0) - 1
+        return optimiser.update(updates, state, params, stats=stats, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(optimiser.init, update)
 
 
 def sophia_member(name, estimator, extra):
@@ -63,6 +92,7 @@ TRANSFORMS = [
     TransformMember("adamw_independent", adamw_independent, {"peak": 0.05, "weight_decay": 1e-4}),
     TransformMember("lion", lion, {"learning_rate": 0.02, "weight_decay": 1e-3}),
     TransformMember("mu_param_sgd", mu_param_sgd, {"learning_rate": 0.0005, "momentum": 0.99}),
+    TransformMember("mkor", fitted_mkor, {"learning_rate": 0.002, "momentum": 0.95}),
     TransformMember("n_igt", slowing_igt, {"learning_rate": 0.2, "eta_power": 0.5}),
     TransformMember(
         "adan", adan, {"learning_rate": 0.02, "b1": 0.9, "weight_decay": 1e-3}, optax_hyper={"learning_rate": 0.1}

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxnum.curvature import gauss_newton_bartlett, hutchinson
 from jaxnum.transforms import scale_by_sophia, sophia
@@ -154,3 +155,34 @@ def test_bad_arguments(key):
         tx = sophia(0.1, estimator)
         with pytest.raises(ValueError, match=f"`{missing}` must be given"):
             tx.update(x, tx.init(x), x)
+
+
+@pytest.mark.parametrize("estimator", [gauss_newton_bartlett, hutchinson])
+def test_eight_devices_equal_one(key, estimator):
+    keys = jax.random.split(key, 3)
+    batch = jax.random.normal(keys[0], (64, 6)), jax.random.randint(keys[1], (64,), 0, 8)
+    params = {"w": jax.random.normal(keys[2], (6, 8)), "b": jnp.zeros(8)}
+    tx = sophia(0.1, estimator(key), update_interval=2)
+
+    def step(params, state, x, labels):
+        def logits(p):
+            return jnp.tanh(x @ p["w"]) + p["b"]
+
+        def loss(p):
+            return optax.softmax_cross_entropy_with_integer_labels(logits(p), labels).mean()
+
+        updates, state = tx.update(jax.grad(loss)(params), state, params, obj_fn=loss, logits_fn=logits)
+        return optax.apply_updates(params, updates), state
+
+    def train(params, batch):
+        compiled, state = jax.jit(step), tx.init(params)
+        for _ in range(4):
+            params, state = compiled(params, state, *batch)
+        return params, state[0].mu, state[0].nu
+
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    split, last = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("d",), (None, "d")))
+    want = train(params, batch)
+    got = train({"w": jax.device_put(params["w"], last), "b": params["b"]}, jax.device_put(batch, split))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), got, want)
+    assert all(tree["w"].sharding.is_equivalent_to(last, 2) for tree in got)
