@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from jaxnum.transforms._m_coherence import m_coherence as m_coherence
     from jaxnum.transforms._m_coherence import m_coherence_stream as m_coherence_stream
     from jaxnum.transforms._median_of_means import median_of_means as median_of_means
+    from jaxnum.transforms._mfac import MfacState as MfacState
+    from jaxnum.transforms._mfac import mfac as mfac
+    from jaxnum.transforms._mfac import scale_by_mfac as scale_by_mfac
     from jaxnum.transforms._n_igt import NIgtState as NIgtState
     from jaxnum.transforms._n_igt import n_igt as n_igt
     from jaxnum.transforms._n_igt import n_igt_params as n_igt_params
@@ -47,6 +50,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "._lion": ("lion", "lion_from_adamw"),
         "._m_coherence": ("CoherenceState", "m_coherence", "m_coherence_stream"),
         "._median_of_means": ("median_of_means",),
+        "._mfac": ("MfacState", "mfac", "scale_by_mfac"),
         "._n_igt": ("NIgtState", "n_igt", "n_igt_params"),
         "._record_norms": ("NormsState", "record_norms"),
         "._sophia": ("SophiaState", "scale_by_sophia", "sophia"),
