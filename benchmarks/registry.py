@@ -164,6 +164,8 @@ EXEMPT = {
     "cheb_cb": "a small fit a round; the row of learned_relaxation says how well it chooses",
     "bcd_partition": "one sort on the host",
     "bcd_partition_forests": "passes over a graph on the host; the row of bcd counts the steps on what it gives",
+    "fisher_inverse": "figures in the row of mfac",
+    "obs_prune": "figures in the row of mfac",
     "tsallis_inf": "a few numbers a round; the row of learned_relaxation says how well it chooses",
 }
 

@@ -62,8 +62,9 @@ def mfac(
     Args:
       learning_rate: η >= 0, a number or a schedule. The released code has 1e-3.
       window: m >= 1, gradients kept; a Python int. The released code has 1024, and 512 for a small network.
-      damping: λ > 0. It is raised to 8 eps times the mean squared norm of the window's gradients (1e-6 of it in
-        float32), below which the m x m system is singular to working precision.
+      damping: λ > 0. Where gradients are so alike, or so few numbers, that the m x m system is singular to working
+        precision, it is raised to 512 eps of the mean squared norm of the window's gradients (6e-5 in float32); above
+        64 eps of the largest it never is.
       momentum: β in [0, 1), or None for none. The paper has none.
       weight_decay: w >= 0, added to the gradient before it is preconditioned, as in the released code.
       weight_decay_mask: tree of bools, prefix of `params`, or a function that makes it from `params`; decay only
@@ -89,7 +90,7 @@ def mfac(
     m numbers over devices.
 
     Numerics: u is formed as F^-1 Gᵀ e = m Gᵀ K^-1 e, without the difference of nearly equal vectors that Woodbury's
-    identity has: in float32 at λ = 1e-5 that difference leaves errors of 5 %, this form 1e-6. Inner products are
+    identity has: in float32 at λ = 1e-5 that difference leaves errors of 5 %, this form 2e-7. Inner products are
     computed afresh for each gradient in float32 at least and at the highest matmul precision, so that nothing drifts.
     A gradient that is inf or NaN, or too large for its square, makes the whole step NaN, since F^-1 mixes all
     coordinates; it is not put into the window, and the steps after it are as if it had not been.
@@ -225,11 +226,10 @@ def _scale_by_mfac(
 
 def _check_bytes(function: str, params: PyTree, window: int, window_dtype: Any, max_bytes: int) -> None:
     """Refuse a window that is too large, before any of it is allocated."""
-    leaves = jax.tree.leaves(params)
-    needed = window * sum(
-        math.prod(jnp.shape(p)) * jnp.dtype(window_dtype or jnp.result_type(p)).itemsize for p in leaves
-    )
-    got = f"{window}, whose gradients of {trees.size(params):,} numbers need {needed:,} bytes"
+    sizes = [math.prod(jnp.shape(p)) for p in jax.tree.leaves(params)]
+    dtypes = [jnp.dtype(window_dtype or jnp.result_type(p)) for p in jax.tree.leaves(params)]
+    needed = window * sum(size * dtype.itemsize for size, dtype in zip(sizes, dtypes, strict=True))
+    got = f"{window}, whose gradients of {sum(sizes):,} numbers need {needed:,} bytes"
     remedy = 'Keep fewer gradients, keep them with window_dtype="bfloat16", or raise max_bytes.'
     wanted = f"need at most max_bytes = {max_bytes:,} bytes"
     checks.value(function, "window", needed <= max_bytes, wanted, got, remedy)
