@@ -165,6 +165,7 @@ EXEMPT = {
     "bcd_partition": "one sort on the host",
     "bcd_partition_forests": "passes over a graph on the host; the row of bcd counts the steps on what it gives",
     "fisher_inverse": "figures in the row of mfac",
+    "separate": "figures in the row of normalized_gd",
     "obs_prune": "figures in the row of mfac",
     "tsallis_inf": "a few numbers a round; the row of learned_relaxation says how well it chooses",
 }

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from jaxnum.transforms._n_igt import NIgtState as NIgtState
     from jaxnum.transforms._n_igt import n_igt as n_igt
     from jaxnum.transforms._n_igt import n_igt_params as n_igt_params
+    from jaxnum.transforms._normalized_gd import normalized_gd as normalized_gd
+    from jaxnum.transforms._normalized_gd import scale_by_normalized_gd as scale_by_normalized_gd
     from jaxnum.transforms._record_norms import NormsState as NormsState
     from jaxnum.transforms._record_norms import record_norms as record_norms
     from jaxnum.transforms._sophia import SophiaState as SophiaState
@@ -52,6 +54,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "._median_of_means": ("median_of_means",),
         "._mfac": ("MfacState", "mfac", "scale_by_mfac"),
         "._n_igt": ("NIgtState", "n_igt", "n_igt_params"),
+        "._normalized_gd": ("normalized_gd", "scale_by_normalized_gd"),
         "._record_norms": ("NormsState", "record_norms"),
         "._sophia": ("SophiaState", "scale_by_sophia", "sophia"),
         "._strict": ("strict",),

@@ -6,7 +6,18 @@ import optax
 import pytest
 
 from jaxnum.curvature import gauss_newton_bartlett, hutchinson
-from jaxnum.transforms import adamw_independent, adan, harp, lion, mfac, n_igt, record_norms, sophia, strict
+from jaxnum.transforms import (
+    adamw_independent,
+    adan,
+    harp,
+    lion,
+    mfac,
+    n_igt,
+    normalized_gd,
+    record_norms,
+    sophia,
+    strict,
+)
 from tests.contracts import transform
 from tests.contracts.transform import TransformMember
 
@@ -33,6 +44,11 @@ def short_mfac(learning_rate, damping, weight_decay):
     return mfac(learning_rate, window=4, damping=damping, momentum=0.5, weight_decay=weight_decay, warm_window=True)
 
 
+def normalized_momentum(learning_rate, momentum):
+    """One rate suits parabola and Rosenbrock with momentum only; margins of 0 double the gradient."""
+    return optax.chain(normalized_gd(learning_rate), optax.trace(momentum))
+
+
 def sophia_member(name, estimator, extra):
     hyper = {"learning_rate": 0.02, "b1": 0.9, "weight_decay": 0.0}
     return TransformMember(
@@ -47,6 +63,12 @@ TRANSFORMS = [
     TransformMember("lion", lion, {"learning_rate": 0.02, "weight_decay": 1e-3}),
     TransformMember("mfac", short_mfac, {"learning_rate": 0.2, "damping": 1.0, "weight_decay": 1e-3}),
     TransformMember("n_igt", slowing_igt, {"learning_rate": 0.2, "eta_power": 0.5}),
+    TransformMember(
+        "normalized_gd",
+        normalized_momentum,
+        {"learning_rate": 0.00025, "momentum": 0.99},
+        extra=lambda loss, residuals: {"margins": jnp.zeros(4)},
+    ),
     TransformMember(
         "harp", harp, {"learning_rate": 0.05}, {"key": jax.random.key(0)}, lambda loss, residuals: {"obj_fn": loss}
     ),
