@@ -100,12 +100,7 @@ def fisher_inverse(gradients: jax.Array, damping: float | jax.Array, *, block: i
     whole = block is None or (isinstance(block, int) and block >= 1)
     checks.value("fisher_inverse", "block", whole, "be a Python int of at least 1, or None", block)
 
-    def one(part: jax.Array) -> tuple[jax.Array, jax.Array]:
-        lower, used = woodbury.factor_rows(part, damping)
-        return jax.scipy.linalg.solve_triangular(lower, part, lower=True) / jnp.sqrt(used), used
-
-    rows, used = jax.vmap(one)(woodbury.split(gradients, min(block or size, max(size, 1))))
-    return FisherInverse(rows, used, size)
+    return _inverse(gradients, damping, min(block or size, max(size, 1)))
 
 
 def fisher_inverse_product(gradients: jax.Array, x: jax.Array, damping: float | jax.Array) -> jax.Array:
@@ -138,10 +133,7 @@ def fisher_inverse_product(gradients: jax.Array, x: jax.Array, damping: float | 
     gradients = _checked("fisher_inverse_product", gradients, damping)
     checks.shape("fisher_inverse_product", remedy="Use jax.vmap.", gradients=(gradients, "M D"), x=(x, "D"))
     checks.dtype("fisher_inverse_product", "floating", x=x)
-    x = jnp.asarray(x).astype(gradients.dtype)
-    lower, used = woodbury.factor_rows(gradients, damping)
-    along = woodbury.solve(lower, woodbury.product("md,d->m", gradients, x))
-    return (x - woodbury.product("md,m->d", gradients, along)) / used
+    return _once(gradients, jnp.asarray(x).astype(gradients.dtype), damping)
 
 
 def _checked(function: str, gradients: jax.Array, damping: Any) -> jax.Array:
@@ -151,3 +143,20 @@ def _checked(function: str, gradients: jax.Array, damping: Any) -> jax.Array:
     if isinstance(damping, int | float):
         checks.value(function, "damping", damping > 0, "be greater than 0", damping)
     return jnp.asarray(gradients).astype(accumulator(gradients.dtype))
+
+
+@partial(jax.jit, static_argnums=2)
+def _inverse(gradients: jax.Array, damping: Any, block: int) -> FisherInverse:
+    def one(part: jax.Array) -> tuple[jax.Array, jax.Array]:
+        lower, used = woodbury.factor_rows(part, damping)
+        return jax.scipy.linalg.solve_triangular(lower, part, lower=True) / jnp.sqrt(used), used
+
+    rows, used = jax.vmap(one)(woodbury.split(gradients, block))
+    return FisherInverse(rows, used, gradients.shape[1])
+
+
+@jax.jit
+def _once(gradients: jax.Array, x: jax.Array, damping: Any) -> jax.Array:
+    lower, used = woodbury.factor_rows(gradients, damping)
+    along = woodbury.solve(lower, woodbury.product("md,d->m", gradients, x))
+    return (x - woodbury.product("md,m->d", gradients, along)) / used

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -74,21 +75,33 @@ def obs_prune(
     checks.choice("obs_prune", "correction", correction, ("joint", "single", "none"))
     checks.arrays("obs_prune", weights=weights, gradients=gradients)
     checks.shape("obs_prune", weights=(weights, "D"), gradients=(gradients, "M D"))
-    checks.dtype("obs_prune", "floating", weights=weights)
+    checks.dtype("obs_prune", "floating", weights=weights, gradients=gradients)
     size = weights.shape[0]
     if isinstance(count, int):
         checks.value("obs_prune", "count", 0 <= count <= size, f"be in 0 to {size}", count)
+    if isinstance(damping, int | float):
+        checks.value("obs_prune", "damping", damping > 0, "be greater than 0", damping)
+    whole = block is None or (isinstance(block, int) and block >= 1)
+    checks.value("obs_prune", "block", whole, "be a Python int of at least 1, or None", block)
     wide = accumulator(jnp.result_type(weights, gradients))
     w, rows = jnp.asarray(weights).astype(wide), jnp.asarray(gradients).astype(wide)
+    pruned, kept = _prune(w, rows, count, damping, block, correction)
+    return Pruned(pruned.astype(weights.dtype), kept)
+
+
+@partial(jax.jit, static_argnums=(4, 5))
+def _prune(
+    w: jax.Array, rows: jax.Array, count: Any, damping: Any, block: int | None, correction: str
+) -> tuple[jax.Array, jax.Array]:
     inverse = fisher_inverse(rows, damping, block=block)
     diagonal = inverse.diagonal()
     order = jnp.argsort(jnp.square(w) / diagonal, stable=True)
-    kept = jnp.zeros(size, jnp.int32).at[order].set(jnp.arange(size, dtype=jnp.int32)) >= count
+    kept = jnp.zeros(w.size, jnp.int32).at[order].set(jnp.arange(w.size, dtype=jnp.int32)) >= count
     if correction == "single":
         w = w - inverse.product(jnp.where(kept, 0, w / diagonal))
     elif correction == "joint":
         w = w + _joint(w, rows, kept, damping, inverse.rows.shape[-1])
-    return Pruned(jnp.where(kept, w, 0).astype(weights.dtype), kept)
+    return jnp.where(kept, w, 0), kept
 
 
 def _joint(w: jax.Array, rows: jax.Array, kept: jax.Array, damping: Any, block: int) -> jax.Array:

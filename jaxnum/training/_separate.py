@@ -6,6 +6,7 @@ the sooner.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -86,8 +87,13 @@ def separate(
     for name, got, least in (("rate", rate, "greater than 0"), ("max_steps", max_steps, "at least 0")):
         if isinstance(got, int | float):
             checks.value("separate", name, got > 0 or (got == 0 and name == "max_steps"), f"be {least}", got)
+    return _run(mode, jnp.asarray(features), jnp.asarray(labels), rate, max_steps)
+
+
+@partial(jax.jit, static_argnums=0)
+def _run(mode: str, features: jax.Array, labels: jax.Array, rate: Any, max_steps: Any) -> Separation:
     wide = accumulator(features.dtype)
-    signed = jnp.asarray(features).astype(wide) * jnp.asarray(labels).astype(wide)[:, None]
+    signed = features.astype(wide) * labels.astype(wide)[:, None]
 
     def margins(theta: jax.Array) -> jax.Array:
         return jnp.matmul(signed, theta, precision=jax.lax.Precision.HIGHEST)

@@ -55,7 +55,7 @@ def test_float32_outside_the_window_keeps_its_digits():
     assert np.linalg.norm(got - want) < tolerance("float32", D) * np.linalg.norm(want)
 
 
-@pytest.mark.parametrize("block", [7, 16, 100])
+@pytest.mark.parametrize("block", [7, 100])
 def test_blocks_are_inverted_for_themselves(block, x64):
     G, x = problem()
     want = np.zeros((D, D))

@@ -83,7 +83,7 @@ def test_alike_gradients_raise_the_damping_and_not_an_error():
     np.testing.assert_allclose(steps[-1], g / jnp.sum(g**2), rtol=tolerance("float32", condition=1 / (512 * EPS)))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("bad", [np.nan, 1e30])
 def test_a_bad_gradient_shows_and_is_forgotten(bad):
     rows = gradients(2 * M).astype("float32")
     spoilt = np.insert(rows, 5, rows[0], axis=0)
