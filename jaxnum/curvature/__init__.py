@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 from kernels_pallas import lazy
 
 if TYPE_CHECKING:
+    from jaxnum.curvature._fisher_inverse import FisherInverse as FisherInverse
+    from jaxnum.curvature._fisher_inverse import fisher_inverse as fisher_inverse
+    from jaxnum.curvature._fisher_inverse import fisher_inverse_product as fisher_inverse_product
     from jaxnum.curvature._fisher_product import empirical_fisher_product as empirical_fisher_product
     from jaxnum.curvature._fisher_product import fisher_product as fisher_product
     from jaxnum.curvature._gauss_newton_bartlett import GaussNewtonBartlettState as GaussNewtonBartlettState
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     {
+        "._fisher_inverse": ("FisherInverse", "fisher_inverse", "fisher_inverse_product"),
         "._fisher_product": ("empirical_fisher_product", "fisher_product"),
         "._gauss_newton_bartlett": ("GaussNewtonBartlettState", "gauss_newton_bartlett"),
         "._gauss_newton_product": ("gauss_newton_product",),

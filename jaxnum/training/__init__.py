@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from jaxnum.training._max_attention_logit import max_attention_logit as max_attention_logit
     from jaxnum.training._mean_square_stability import mean_square_stability as mean_square_stability
     from jaxnum.training._mean_square_stability import mean_square_stability_rate as mean_square_stability_rate
+    from jaxnum.training._obs_prune import Pruned as Pruned
+    from jaxnum.training._obs_prune import obs_prune as obs_prune
     from jaxnum.training._opposing_signals import OpposingEvent as OpposingEvent
     from jaxnum.training._opposing_signals import OpposingGroups as OpposingGroups
     from jaxnum.training._opposing_signals import OpposingScore as OpposingScore
@@ -60,6 +62,8 @@ if TYPE_CHECKING:
     from jaxnum.training._rms import grad_rms as grad_rms
     from jaxnum.training._rms import rms as rms
     from jaxnum.training._rms import update_rms as update_rms
+    from jaxnum.training._separate import Separation as Separation
+    from jaxnum.training._separate import separate as separate
     from jaxnum.training._sgd_stability import SgdStability as SgdStability
     from jaxnum.training._sgd_stability import SgdStabilityState as SgdStabilityState
     from jaxnum.training._sgd_stability import sgd_stability as sgd_stability
@@ -110,6 +114,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "._m_sgc": ("m_sgc",),
         "._max_attention_logit": ("max_attention_logit",),
         "._mean_square_stability": ("mean_square_stability", "mean_square_stability_rate"),
+        "._obs_prune": ("Pruned", "obs_prune"),
         "._opposing_signals": (
             "OpposingEvent",
             "OpposingGroups",
@@ -123,6 +128,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "._qk_layernorm": ("qk_layernorm",),
         "._random_subspace": ("Projection", "Subspace", "random_subspace", "random_subspace_projection"),
         "._rms": ("GradRms", "grad_rms", "rms", "update_rms"),
+        "._separate": ("Separation", "separate"),
         "._sgd_stability": (
             "SgdStability",
             "SgdStabilityState",

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from jaxnum.transforms._m_coherence import m_coherence as m_coherence
     from jaxnum.transforms._m_coherence import m_coherence_stream as m_coherence_stream
     from jaxnum.transforms._median_of_means import median_of_means as median_of_means
+    from jaxnum.transforms._mfac import MfacState as MfacState
+    from jaxnum.transforms._mfac import mfac as mfac
+    from jaxnum.transforms._mfac import scale_by_mfac as scale_by_mfac
     from jaxnum.transforms._mkor import MkorState as MkorState
     from jaxnum.transforms._mkor import mkor as mkor
     from jaxnum.transforms._mkor import scale_by_mkor as scale_by_mkor
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
     from jaxnum.transforms._n_igt import NIgtState as NIgtState
     from jaxnum.transforms._n_igt import n_igt as n_igt
     from jaxnum.transforms._n_igt import n_igt_params as n_igt_params
+    from jaxnum.transforms._normalized_gd import normalized_gd as normalized_gd
+    from jaxnum.transforms._normalized_gd import scale_by_normalized_gd as scale_by_normalized_gd
     from jaxnum.transforms._record_norms import NormsState as NormsState
     from jaxnum.transforms._record_norms import record_norms as record_norms
     from jaxnum.transforms._scale_by_last_iterate import LastIterateState as LastIterateState
@@ -60,12 +65,14 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "._lion": ("lion", "lion_from_adamw"),
         "._m_coherence": ("CoherenceState", "m_coherence", "m_coherence_stream"),
         "._median_of_means": ("median_of_means",),
+        "._mfac": ("MfacState", "mfac", "scale_by_mfac"),
         "._mkor": ("MkorState", "mkor", "scale_by_mkor"),
         "._mkor_hybrid": ("MkorHybridState", "mkor_hybrid"),
         "._mkor_layers": ("MkorLayer", "mkor_layers"),
         "._mkor_stats": ("MkorStats", "mkor_stats"),
         "._mu_param": ("mu_param", "mu_param_multipliers"),
         "._n_igt": ("NIgtState", "n_igt", "n_igt_params"),
+        "._normalized_gd": ("normalized_gd", "scale_by_normalized_gd"),
         "._record_norms": ("NormsState", "record_norms"),
         "._scale_by_last_iterate": ("LastIterateState", "scale_by_last_iterate"),
         "._sophia": ("SophiaState", "scale_by_sophia", "sophia"),

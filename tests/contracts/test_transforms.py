@@ -24,6 +24,9 @@ from jaxnum.transforms import (
 from jaxnum.transforms import adamw_independent, adan, harp, lion, mu_param, n_igt, record_norms, sophia, strict
     mkor,
     n_igt,
+    mfac,
+    n_igt,
+    normalized_gd,
     record_norms,
     sophia,
     strict,
@@ -78,6 +81,14 @@ def fitted_mkor(learning_rate, momentum):
         return optimiser.update(updates, state, params, stats=stats, **extra_args)
 
     return optax.GradientTransformationExtraArgs(optimiser.init, update)
+def short_mfac(learning_rate, damping, weight_decay):
+    """The length of the window is a shape: no hyperparameter to inject."""
+    return mfac(learning_rate, window=4, damping=damping, momentum=0.5, weight_decay=weight_decay, warm_window=True)
+
+
+def normalized_momentum(learning_rate, momentum):
+    """One rate suits parabola and Rosenbrock with momentum only; margins of 0 double the gradient."""
+    return optax.chain(normalized_gd(learning_rate), optax.trace(momentum))
 
 
 def sophia_member(name, estimator, extra):
@@ -122,6 +133,16 @@ TRANSFORMS = [
         {"key": jax.random.key(0)},
         lambda loss, residuals: {"obj_fn": loss},
         optax_hyper={"learning_rate": lambda count: 3 / (count + 30)},
+    TransformMember("mfac", short_mfac, {"learning_rate": 0.2, "damping": 1.0, "weight_decay": 1e-3}),
+    TransformMember("n_igt", slowing_igt, {"learning_rate": 0.2, "eta_power": 0.5}),
+    TransformMember(
+        "normalized_gd",
+        normalized_momentum,
+        {"learning_rate": 0.00025, "momentum": 0.99},
+        extra=lambda loss, residuals: {"margins": jnp.zeros(4)},
+    ),
+    TransformMember(
+        "harp", harp, {"learning_rate": 0.05}, {"key": jax.random.key(0)}, lambda loss, residuals: {"obj_fn": loss}
     ),
     TransformMember("recorded_sgd", recorded_sgd, {"learning_rate": 0.0005, "momentum": 0.99}),
     TransformMember("last_iterate_sgd", last_iterate_sgd, {"learning_rate": 0.0005, "momentum": 0.97}),
