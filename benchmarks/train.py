@@ -1,0 +1,232 @@
+"""Train one transformer with each optimiser: `python -m benchmarks.train [--only NAME]`.
+
+The same model, start and batches for all, the rate of each the best of four by the loss on files that no run learned
+from. A record is written after each optimiser, so that an interrupted run loses one; a quarter of an hour for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks import measure, records, transformer
+from benchmarks.report import TRAINING
+
+PyTree = Any
+Rate = Callable[[jax.Array], jax.Array]
+# From parameters, texts and the model's size to the gradient and the extra arguments of `update`.
+Gradient = Callable[[PyTree, jax.Array, transformer.Size], tuple[PyTree, Mapping[str, Any]]]
+
+
+def plain_gradient(params: PyTree, texts: jax.Array, size: transformer.Size) -> tuple[PyTree, Mapping[str, Any]]:
+    """The gradient alone."""
+    return jax.grad(transformer.loss)(params, texts, size), {}
+
+
+def with_logits(params: PyTree, texts: jax.Array, size: transformer.Size) -> tuple[PyTree, Mapping[str, Any]]:
+    """The gradient, and the model from which Sophia-G draws labels of its own."""
+    return jax.grad(transformer.loss)(params, texts, size), {
+        "logits_fn": lambda params: transformer.logits(params, texts[:, :-1], size)
+    }
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An optimiser in the table.
+
+    Attributes:
+      make: from the rate's schedule to the optimiser, its other settings those of its paper for language models.
+      rates: the four peaks.
+      gradient: what a step computes before `update`.
+    """
+
+    make: Callable[[Rate], optax.GradientTransformation]
+    rates: tuple[float, ...]
+    gradient: Gradient = field(default=plain_gradient)
+
+
+def matrices(params: PyTree) -> PyTree:
+    """True where weights decay: neither biases nor the scales of norms."""
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def adamw(rate: Rate) -> optax.GradientTransformation:
+    return optax.adamw(rate, b2=0.95, weight_decay=0.1, mask=matrices)
+
+
+def adan(rate: Rate) -> optax.GradientTransformation:
+    from jaxnum.transforms import adan
+
+    return adan(rate, weight_decay=0.02, weight_decay_mask=matrices)
+
+
+def lion(rate: Rate) -> optax.GradientTransformation:
+    from jaxnum.transforms import lion
+
+    return lion(rate, b1=0.95, b2=0.98, weight_decay=1.0, weight_decay_mask=matrices)
+
+
+def sophia_g(rate: Rate) -> optax.GradientTransformation:
+    from jaxnum.curvature import gauss_newton_bartlett
+    from jaxnum.transforms import sophia
+
+    estimator = gauss_newton_bartlett(jax.random.key(1))
+    return sophia(rate, estimator, gamma=0.05, weight_decay=0.2, weight_decay_mask=matrices)
+
+
+CONTESTANTS = {
+    "adamw": Contestant(adamw, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "adan": Contestant(adan, (3e-3, 1e-2, 3e-2, 1e-1)),
+    "lion": Contestant(lion, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "sophia_g": Contestant(sophia_g, (3e-4, 1e-3, 3e-3, 1e-2), with_logits),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and on what a run trains."""
+
+    steps: int = 250
+    rows: int = 8
+    judged: int = 256
+    size: transformer.Size = transformer.Size()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=CONTESTANTS, help="one optimiser; default all")
+    parser.add_argument("--steps", type=int, default=Plan.steps, help=f"steps of a run (default {Plan.steps})")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of ten steps timed beside adamw's (default 4)")
+    parser.add_argument("--results", type=Path, default=records.RESULTS / TRAINING, help="file to append to")
+    options = parser.parse_args(arguments)
+    plan, text = Plan(steps=options.steps), transformer.corpus()
+    say = partial(print, file=sys.stderr, flush=True)
+    for name in [options.only] if options.only else CONTESTANTS:
+        record = contest(name, plan, text, options.rounds, say)
+        records.append(options.results, [record])
+        print(summary(record), flush=True)
+    return 0
+
+
+def contest(name: str, plan: Plan, text: transformer.Corpus, rounds: int, say: Callable) -> dict[str, Any]:
+    """The record of one optimiser: its loss at each rate, the time of a step, the bytes of its state."""
+    contestant = CONTESTANTS[name]
+    step = make_step(contestant, plan)
+    bits: dict[float, float] = {}
+    for rate in contestant.rates:
+        before = time.perf_counter()
+        params, _ = train(step, start(contestant, plan), range(plan.steps), rate, plan, text.training)
+        bits[rate] = bits_per_byte(params, plan, text.validation)
+        say(f"{name}: {bits[rate]:.4f} bits a byte at rate {rate:g} ({time.perf_counter() - before:.0f} s)")
+    best = min(bits, key=lambda rate: np.nan_to_num(bits[rate], nan=np.inf))
+    params, state = jax.eval_shape(lambda: start(contestant, plan))
+    circumstances = records.circumstances(["optax"])
+    circumstances["versions"]["python"] = platform.python_version()
+    return {
+        **circumstances,
+        "optimiser": name,
+        "rate": best,
+        "bits": bits[best],
+        "bits_at": [[rate, bits[rate]] for rate in contestant.rates],
+        **step_times(name, step, plan, text.training, rounds),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "state_bytes": state_bytes(state),
+        "steps": plan.steps,
+        "bytes_a_step": plan.rows * plan.size.context,
+        "corpus": {"files": text.files, "digest": text.digest},
+    }
+
+
+def schedule(rate: Any, steps: int) -> Rate:
+    """Warm up over a tenth of the run, decay over its last two fifths; the rate may be traced."""
+    from jaxnum.schedules import wsd
+
+    shape = wsd(1.0, steps, max(steps // 10, 1), max(2 * steps // 5, 1), decay="linear", end_ratio=0.0)
+    return lambda count: rate * shape(count)
+
+
+def optimiser(contestant: Contestant, rate: Any, plan: Plan) -> optax.GradientTransformationExtraArgs:
+    """Gradients clipped to norm 1 as in every contestant's paper on language models, then the contestant."""
+    return optax.chain(optax.clip_by_global_norm(1.0), contestant.make(schedule(rate, plan.steps)))
+
+
+def start(contestant: Contestant, plan: Plan) -> tuple[PyTree, PyTree]:
+    """Parameters and the state, the same parameters for all."""
+    params = transformer.init(jax.random.key(0), plan.size)
+    return params, optimiser(contestant, 0.0, plan).init(params)
+
+
+def make_step(contestant: Contestant, plan: Plan) -> Callable:
+    """The compiled step; parameters and state are donated, and one program serves all rates."""
+
+    def step(carry: tuple[PyTree, PyTree], texts: jax.Array, rate: jax.Array) -> tuple[PyTree, PyTree]:
+        params, state = carry
+        gradient, extra = contestant.gradient(params, texts, plan.size)
+        updates, state = optimiser(contestant, rate, plan).update(gradient, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def train(
+    step: Callable, carry: tuple[PyTree, PyTree], steps: range, rate: float, plan: Plan, text: np.ndarray
+) -> tuple[PyTree, PyTree]:
+    """Take the numbered steps, each on its own batch, whichever optimiser takes it."""
+    for number in steps:
+        texts = transformer.batch(text, number, plan.rows, plan.size.context)
+        carry = jax.block_until_ready(step(carry, texts, jnp.float32(rate)))
+    return carry
+
+
+def bits_per_byte(params: PyTree, plan: Plan, text: np.ndarray) -> float:
+    """Mean cross-entropy in bits on windows of a text, the same ones every time."""
+    pieces = transformer.windows(text, plan.judged, plan.size.context).reshape(-1, plan.rows, plan.size.context + 1)
+    return float(np.mean([_loss(params, texts, plan.size) for texts in pieces]) / np.log(2))
+
+
+_loss = jax.jit(transformer.loss, static_argnums=2)
+
+
+def step_times(name: str, step: Callable, plan: Plan, text: np.ndarray, rounds: int) -> dict[str, float]:
+    """Seconds of a step, and their ratio to adamw's, in turns of ten steps: ten hold one refresh of curvature."""
+    steps = {"adamw": make_step(CONTESTANTS["adamw"], plan), name: step}
+    carries = {side: start(CONTESTANTS[side], plan) for side in steps}
+
+    def ten(side: str) -> None:
+        rate = CONTESTANTS[side].rates[0]
+        carries[side] = train(steps[side], carries[side], range(10), rate, plan, text)
+
+    seconds = measure.interleave({side: partial(ten, side) for side in steps}, rounds)
+    ratio = measure.paired_ratio(seconds[name], seconds["adamw"])
+    return {"step_s": measure.spread(seconds[name]).median / 10, "step_over_adamw": ratio}
+
+
+def state_bytes(state: PyTree) -> int:
+    """Bytes of every leaf of a state."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def summary(record: dict[str, Any]) -> str:
+    """One record in a line."""
+    return (
+        f"{record['optimiser']}: {record['bits']:.4f} bits a byte at rate {record['rate']:g}, step "
+        f"{record['step_s'] * 1e3:.0f} ms, {record['step_over_adamw']:.3f} of adamw's, state "
+        f"{record['state_bytes'] / 2**20:.2f} MiB"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
