@@ -7,11 +7,14 @@ from. A record is written after each optimiser, so that an interrupted run loses
 from __future__ import annotations
 
 import argparse
+import json
 import platform
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,20 +29,20 @@ from benchmarks.report import TRAINING
 
 PyTree = Any
 Rate = Callable[[jax.Array], jax.Array]
-# From parameters, texts and the model's size to the gradient and the extra arguments of `update`.
-Gradient = Callable[[PyTree, jax.Array, transformer.Size], tuple[PyTree, Mapping[str, Any]]]
+Carry = tuple[PyTree, PyTree]  # parameters and state
+# From parameters, texts and the model's size to the loss, its gradient and the extra arguments of `update`.
+Gradient = Callable[[PyTree, jax.Array, transformer.Size], tuple[jax.Array, PyTree, Mapping[str, Any]]]
 
 
-def plain_gradient(params: PyTree, texts: jax.Array, size: transformer.Size) -> tuple[PyTree, Mapping[str, Any]]:
-    """The gradient alone."""
-    return jax.grad(transformer.loss)(params, texts, size), {}
+def plain_gradient(params: PyTree, texts: jax.Array, size: transformer.Size) -> tuple[jax.Array, PyTree, Mapping]:
+    """The loss and the gradient alone."""
+    return *jax.value_and_grad(transformer.loss)(params, texts, size), {}
 
 
-def with_logits(params: PyTree, texts: jax.Array, size: transformer.Size) -> tuple[PyTree, Mapping[str, Any]]:
-    """The gradient, and the model from which Sophia-G draws labels of its own."""
-    return jax.grad(transformer.loss)(params, texts, size), {
-        "logits_fn": lambda params: transformer.logits(params, texts[:, :-1], size)
-    }
+def with_logits(params: PyTree, texts: jax.Array, size: transformer.Size) -> tuple[jax.Array, PyTree, Mapping]:
+    """Those, and the model from which Sophia-G draws labels of its own."""
+    loss, gradient, _ = plain_gradient(params, texts, size)
+    return loss, gradient, {"logits_fn": lambda params: transformer.logits(params, texts[:, :-1], size)}
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Contestant:
     Attributes:
       make: from the rate's schedule to the optimiser, its other settings those of its paper for language models.
       rates: the four peaks.
-      gradient: what a step computes before `update`.
+      gradient: what a step computes before its update.
     """
 
     make: Callable[[Rate], optax.GradientTransformation]
@@ -96,23 +99,37 @@ CONTESTANTS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and on what a run trains."""
+    """How long and on what a run trains, and how much is repeated from the checkpoint at half its steps."""
 
     steps: int = 250
     rows: int = 8
     judged: int = 256
+    repeated: int = 50
     size: transformer.Size = transformer.Size()
+
+    @property
+    def half(self) -> int:
+        """The step before which the checkpoint is taken."""
+        return self.steps // 2
+
+    @property
+    def again(self) -> range:
+        """The steps that the new process repeats."""
+        return range(self.half, min(self.half + self.repeated, self.steps))
+
+
+PLAN = Plan()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=CONTESTANTS, help="one optimiser; default all")
-    parser.add_argument("--steps", type=int, default=Plan.steps, help=f"steps of a run (default {Plan.steps})")
-    parser.add_argument("--rounds", type=int, default=4, help="turns of ten steps timed beside adamw's (default 4)")
+    parser.add_argument("--steps", type=int, default=PLAN.steps, help=f"steps of a run (default {PLAN.steps})")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of ten steps timed beside adamw's (default 3)")
     parser.add_argument("--results", type=Path, default=records.RESULTS / TRAINING, help="file to append to")
     options = parser.parse_args(arguments)
-    plan, text = Plan(steps=options.steps), transformer.corpus()
+    plan, text = replace(PLAN, steps=options.steps), transformer.corpus()
     say = partial(print, file=sys.stderr, flush=True)
     for name in [options.only] if options.only else CONTESTANTS:
         record = contest(name, plan, text, options.rounds, say)
@@ -123,31 +140,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def contest(name: str, plan: Plan, text: transformer.Corpus, rounds: int, say: Callable) -> dict[str, Any]:
     """The record of one optimiser: its loss at each rate, the time of a step, the bytes of its state."""
-    contestant = CONTESTANTS[name]
-    step = make_step(contestant, plan)
+    step = make_step(name, plan)
     bits: dict[float, float] = {}
-    for rate in contestant.rates:
+    kept = None
+    for rate in CONTESTANTS[name].rates:
         before = time.perf_counter()
-        params, _ = train(step, start(contestant, plan), range(plan.steps), rate, plan, text.training)
+        half, _ = train(step, start(name, plan), range(plan.half), rate, plan, text.training)
+        saved = jax.device_get(half)
+        (params, _), losses = train(step, half, range(plan.half, plan.steps), rate, plan, text.training)
         bits[rate] = bits_per_byte(params, plan, text.validation)
+        if rate == best_rate(bits):
+            kept = saved, losses[: len(plan.again)]
         say(f"{name}: {bits[rate]:.4f} bits a byte at rate {rate:g} ({time.perf_counter() - before:.0f} s)")
-    best = min(bits, key=lambda rate: np.nan_to_num(bits[rate], nan=np.inf))
-    params, state = jax.eval_shape(lambda: start(contestant, plan))
-    circumstances = records.circumstances(["optax"])
+    rate = best_rate(bits)
+    params, state = jax.eval_shape(lambda: start(name, plan))
+    circumstances = records.circumstances(["optax", "orbax-checkpoint"])
     circumstances["versions"]["python"] = platform.python_version()
     return {
         **circumstances,
         "optimiser": name,
-        "rate": best,
-        "bits": bits[best],
-        "bits_at": [[rate, bits[rate]] for rate in contestant.rates],
+        "rate": rate,
+        "bits": bits[rate],
+        "bits_at": [[rate, value] for rate, value in bits.items()],
         **step_times(name, step, plan, text.training, rounds),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "state_bytes": state_bytes(state),
+        "repeated": restored_losses(name, rate, plan, kept[0]) == kept[1],
         "steps": plan.steps,
         "bytes_a_step": plan.rows * plan.size.context,
         "corpus": {"files": text.files, "digest": text.digest},
     }
+
+
+def best_rate(bits: Mapping[float, float]) -> float:
+    """The rate of the least loss; a loss that is not a number is the largest."""
+    return min(bits, key=lambda rate: np.nan_to_num(bits[rate], nan=np.inf))
 
 
 def schedule(rate: Any, steps: int) -> Rate:
@@ -158,37 +185,39 @@ def schedule(rate: Any, steps: int) -> Rate:
     return lambda count: rate * shape(count)
 
 
-def optimiser(contestant: Contestant, rate: Any, plan: Plan) -> optax.GradientTransformationExtraArgs:
-    """Gradients clipped to norm 1 as in every contestant's paper on language models, then the contestant."""
-    return optax.chain(optax.clip_by_global_norm(1.0), contestant.make(schedule(rate, plan.steps)))
+def optimiser(name: str, rate: Any, plan: Plan) -> optax.GradientTransformationExtraArgs:
+    """Gradients clipped to norm 1, as papers on language models do, then the contestant."""
+    return optax.chain(optax.clip_by_global_norm(1.0), CONTESTANTS[name].make(schedule(rate, plan.steps)))
 
 
-def start(contestant: Contestant, plan: Plan) -> tuple[PyTree, PyTree]:
-    """Parameters and the state, the same parameters for all."""
+def start(name: str, plan: Plan) -> Carry:
+    """Parameters, the same for all, and the state."""
     params = transformer.init(jax.random.key(0), plan.size)
-    return params, optimiser(contestant, 0.0, plan).init(params)
+    return params, optimiser(name, 0.0, plan).init(params)
 
 
-def make_step(contestant: Contestant, plan: Plan) -> Callable:
-    """The compiled step; parameters and state are donated, and one program serves all rates."""
+def make_step(name: str, plan: Plan) -> Callable[[Carry, jax.Array, jax.Array], tuple[Carry, jax.Array]]:
+    """The compiled step, which also gives the loss before it; one program serves all rates, its carry is donated."""
 
-    def step(carry: tuple[PyTree, PyTree], texts: jax.Array, rate: jax.Array) -> tuple[PyTree, PyTree]:
+    def step(carry: Carry, texts: jax.Array, rate: jax.Array) -> tuple[Carry, jax.Array]:
         params, state = carry
-        gradient, extra = contestant.gradient(params, texts, plan.size)
-        updates, state = optimiser(contestant, rate, plan).update(gradient, state, params, **extra)
-        return optax.apply_updates(params, updates), state
+        loss, gradient, extra = CONTESTANTS[name].gradient(params, texts, plan.size)
+        updates, state = optimiser(name, rate, plan).update(gradient, state, params, **extra)
+        return (optax.apply_updates(params, updates), state), loss
 
     return jax.jit(step, donate_argnums=0)
 
 
 def train(
-    step: Callable, carry: tuple[PyTree, PyTree], steps: range, rate: float, plan: Plan, text: np.ndarray
-) -> tuple[PyTree, PyTree]:
-    """Take the numbered steps, each on its own batch, whichever optimiser takes it."""
+    step: Callable, carry: Carry, steps: range, rate: float, plan: Plan, text: np.ndarray
+) -> tuple[Carry, list[float]]:
+    """Take the numbered steps, each on its own batch, whichever optimiser takes it; the carry and the losses."""
+    losses = []
     for number in steps:
         texts = transformer.batch(text, number, plan.rows, plan.size.context)
-        carry = jax.block_until_ready(step(carry, texts, jnp.float32(rate)))
-    return carry
+        carry, loss = step(carry, texts, jnp.float32(rate))
+        losses.append(float(loss))
+    return carry, losses
 
 
 def bits_per_byte(params: PyTree, plan: Plan, text: np.ndarray) -> float:
@@ -202,16 +231,43 @@ _loss = jax.jit(transformer.loss, static_argnums=2)
 
 def step_times(name: str, step: Callable, plan: Plan, text: np.ndarray, rounds: int) -> dict[str, float]:
     """Seconds of a step, and their ratio to adamw's, in turns of ten steps: ten hold one refresh of curvature."""
-    steps = {"adamw": make_step(CONTESTANTS["adamw"], plan), name: step}
-    carries = {side: start(CONTESTANTS[side], plan) for side in steps}
+    steps = {"adamw": make_step("adamw", plan), name: step}
+    carries = {side: start(side, plan) for side in steps}
 
     def ten(side: str) -> None:
         rate = CONTESTANTS[side].rates[0]
-        carries[side] = train(steps[side], carries[side], range(10), rate, plan, text)
+        carries[side] = jax.block_until_ready(train(steps[side], carries[side], range(10), rate, plan, text)[0])
 
     seconds = measure.interleave({side: partial(ten, side) for side in steps}, rounds)
     ratio = measure.paired_ratio(seconds[name], seconds["adamw"])
     return {"step_s": measure.spread(seconds[name]).median / 10, "step_over_adamw": ratio}
+
+
+def restored_losses(name: str, rate: float, plan: Plan, carry: Carry) -> list[float]:
+    """The losses of a new process that restores a checkpoint of the carry and goes on."""
+    import orbax.checkpoint
+
+    with tempfile.TemporaryDirectory() as folder:
+        with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+            checkpointer.save(Path(folder).resolve() / "half", carry)
+        (Path(folder) / "plan.json").write_text(json.dumps([name, rate, asdict(plan)]))
+        command = [sys.executable, "-c", "import sys; from benchmarks import train; train.go_on(sys.argv[1])", folder]
+        done = subprocess.run(command, cwd=records.ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return [float.fromhex(line) for line in done.stdout.split()]
+
+
+def go_on(folder: str) -> None:
+    """Print, in hexadecimal digits, the losses of the run that was saved in a folder: the new process's part."""
+    import orbax.checkpoint
+
+    name, rate, fields = json.loads((Path(folder) / "plan.json").read_text())
+    plan = Plan(**fields | {"size": transformer.Size(*fields["size"])})
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        like = jax.eval_shape(lambda: start(name, plan))
+        carry = checkpointer.restore(Path(folder).resolve() / "half", like)
+    text = transformer.corpus().training
+    for loss in train(make_step(name, plan), carry, plan.again, rate, plan, text)[1]:
+        print(loss.hex())
 
 
 def state_bytes(state: PyTree) -> int:
@@ -224,7 +280,7 @@ def summary(record: dict[str, Any]) -> str:
     return (
         f"{record['optimiser']}: {record['bits']:.4f} bits a byte at rate {record['rate']:g}, step "
         f"{record['step_s'] * 1e3:.0f} ms, {record['step_over_adamw']:.3f} of adamw's, state "
-        f"{record['state_bytes'] / 2**20:.2f} MiB"
+        f"{record['state_bytes'] / 2**20:.2f} MiB, restored {'the same' if record['repeated'] else 'ANOTHER'} curve"
     )
 
 
