@@ -128,7 +128,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=PLAN.steps, help=f"steps of a run (default {PLAN.steps})")
     parser.add_argument("--rounds", type=int, default=3, help="turns of ten steps timed beside adamw's (default 3)")
     parser.add_argument("--results", type=Path, default=records.RESULTS / TRAINING, help="file to append to")
+    parser.add_argument("--go-on", metavar="FOLDER", type=Path, help="print the losses of a run saved in a folder")
     options = parser.parse_args(arguments)
+    if options.go_on:
+        go_on(options.go_on)
+        return 0
     plan, text = replace(PLAN, steps=options.steps), transformer.corpus()
     say = partial(print, file=sys.stderr, flush=True)
     for name in [options.only] if options.only else CONTESTANTS:
@@ -251,20 +255,19 @@ def restored_losses(name: str, rate: float, plan: Plan, carry: Carry) -> list[fl
         with orbax.checkpoint.StandardCheckpointer() as checkpointer:
             checkpointer.save(Path(folder).resolve() / "half", carry)
         (Path(folder) / "plan.json").write_text(json.dumps([name, rate, asdict(plan)]))
-        command = [sys.executable, "-c", "import sys; from benchmarks import train; train.go_on(sys.argv[1])", folder]
+        command = [sys.executable, "-m", "benchmarks.train", "--go-on", folder]
         done = subprocess.run(command, cwd=records.ROOT, check=True, stdout=subprocess.PIPE, text=True)
     return [float.fromhex(line) for line in done.stdout.split()]
 
 
-def go_on(folder: str) -> None:
-    """Print, in hexadecimal digits, the losses of the run that was saved in a folder: the new process's part."""
+def go_on(folder: Path) -> None:
+    """Restore what was saved in a folder and print the losses that follow, in hexadecimal digits, which are exact."""
     import orbax.checkpoint
 
-    name, rate, fields = json.loads((Path(folder) / "plan.json").read_text())
+    name, rate, fields = json.loads((folder / "plan.json").read_text())
     plan = Plan(**fields | {"size": transformer.Size(*fields["size"])})
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
-        like = jax.eval_shape(lambda: start(name, plan))
-        carry = checkpointer.restore(Path(folder).resolve() / "half", like)
+        carry = checkpointer.restore(folder.resolve() / "half", jax.eval_shape(lambda: start(name, plan)))
     text = transformer.corpus().training
     for loss in train(make_step(name, plan), carry, plan.again, rate, plan, text)[1]:
         print(loss.hex())
