@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     from jaxnum.transforms._m_coherence import m_coherence as m_coherence
     from jaxnum.transforms._m_coherence import m_coherence_stream as m_coherence_stream
     from jaxnum.transforms._median_of_means import median_of_means as median_of_means
+    from jaxnum.transforms._mkor import MkorState as MkorState
+    from jaxnum.transforms._mkor import mkor as mkor
+    from jaxnum.transforms._mkor import scale_by_mkor as scale_by_mkor
+    from jaxnum.transforms._mkor_hybrid import MkorHybridState as MkorHybridState
+    from jaxnum.transforms._mkor_hybrid import mkor_hybrid as mkor_hybrid
+    from jaxnum.transforms._mkor_layers import MkorLayer as MkorLayer
+    from jaxnum.transforms._mkor_layers import mkor_layers as mkor_layers
+    from jaxnum.transforms._mkor_stats import MkorStats as MkorStats
+    from jaxnum.transforms._mkor_stats import mkor_stats as mkor_stats
     from jaxnum.transforms._n_igt import NIgtState as NIgtState
     from jaxnum.transforms._n_igt import n_igt as n_igt
     from jaxnum.transforms._n_igt import n_igt_params as n_igt_params
@@ -47,6 +56,10 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "._lion": ("lion", "lion_from_adamw"),
         "._m_coherence": ("CoherenceState", "m_coherence", "m_coherence_stream"),
         "._median_of_means": ("median_of_means",),
+        "._mkor": ("MkorState", "mkor", "scale_by_mkor"),
+        "._mkor_hybrid": ("MkorHybridState", "mkor_hybrid"),
+        "._mkor_layers": ("MkorLayer", "mkor_layers"),
+        "._mkor_stats": ("MkorStats", "mkor_stats"),
         "._n_igt": ("NIgtState", "n_igt", "n_igt_params"),
         "._record_norms": ("NormsState", "record_norms"),
         "._sophia": ("SophiaState", "scale_by_sophia", "sophia"),
