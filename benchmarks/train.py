@@ -45,6 +45,24 @@ def with_logits(params: PyTree, texts: jax.Array, size: transformer.Size) -> tup
     return loss, gradient, {"logits_fn": lambda params: transformer.logits(params, texts[:, :-1], size)}
 
 
+def with_stats(params: PyTree, texts: jax.Array, size: transformer.Size) -> tuple[jax.Array, PyTree, Mapping]:
+    """Loss and gradient, and the statistics of every linear layer."""
+    from jaxnum.transforms import mkor_stats
+
+    def loss(params: PyTree, tap: transformer.Tap) -> jax.Array:
+        return transformer.loss(params, texts, size, tap)
+
+    value, gradient, stats = mkor_stats(loss, params, layers=linear_layers)
+    return value, gradient, {"stats": stats}
+
+
+def linear_layers(params: PyTree) -> Mapping[str, Any]:
+    """All matrices but the embeddings."""
+    from jaxnum.transforms import mkor_layers
+
+    return mkor_layers(params, "w", "b")
+
+
 @dataclass(frozen=True)
 class Contestant:
     """An optimiser in the table.
@@ -89,11 +107,26 @@ def sophia_g(rate: Rate) -> optax.GradientTransformation:
     return sophia(rate, estimator, gamma=0.05, weight_decay=0.2, weight_decay_mask=matrices)
 
 
+def mkor(rate: Rate) -> optax.GradientTransformation:
+    from jaxnum.transforms import mkor
+
+    inner = optax.chain(optax.scale_by_adam(b2=0.95), optax.add_decayed_weights(0.1, matrices))
+    return mkor(rate, linear_layers, inner=inner)
+
+
+def mfac(rate: Rate) -> optax.GradientTransformation:
+    from jaxnum.transforms import mfac
+
+    return mfac(rate, window=32, momentum=0.9, warm_window=True)
+
+
 CONTESTANTS = {
-    "adamw": Contestant(adamw, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "adamw": Contestant(adamw, (3e-4, 1e-3, 3e-3, 1e-2)),
     "adan": Contestant(adan, (3e-3, 1e-2, 3e-2, 1e-1)),
     "lion": Contestant(lion, (1e-4, 3e-4, 1e-3, 3e-3)),
     "sophia_g": Contestant(sophia_g, (3e-4, 1e-3, 3e-3, 1e-2), with_logits),
+    "mkor": Contestant(mkor, (3e-4, 1e-3, 3e-3, 1e-2), with_stats),
+    "mfac": Contestant(mfac, (1e-3, 3e-3, 1e-2, 3e-2)),
 }
 
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from jaxnum.transforms._m_coherence import m_coherence as m_coherence
     from jaxnum.transforms._m_coherence import m_coherence_stream as m_coherence_stream
     from jaxnum.transforms._median_of_means import median_of_means as median_of_means
+    from jaxnum.transforms._mfac import MfacState as MfacState
+    from jaxnum.transforms._mfac import mfac as mfac
+    from jaxnum.transforms._mfac import scale_by_mfac as scale_by_mfac
     from jaxnum.transforms._mkor import MkorState as MkorState
     from jaxnum.transforms._mkor import mkor as mkor
     from jaxnum.transforms._mkor import scale_by_mkor as scale_by_mkor
@@ -56,6 +59,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "._lion": ("lion", "lion_from_adamw"),
         "._m_coherence": ("CoherenceState", "m_coherence", "m_coherence_stream"),
         "._median_of_means": ("median_of_means",),
+        "._mfac": ("MfacState", "mfac", "scale_by_mfac"),
         "._mkor": ("MkorState", "mkor", "scale_by_mkor"),
         "._mkor_hybrid": ("MkorHybridState", "mkor_hybrid"),
         "._mkor_layers": ("MkorLayer", "mkor_layers"),

@@ -56,20 +56,19 @@ def test_the_model_is_causal_starts_near_uniform_and_has_a_million_parameters():
     assert 0.9e6 < sum(leaf.size for leaf in jax.tree.leaves(full)) < 1.1e6
 
 
-def test_every_product_with_weights_goes_through_linear():
+def test_every_product_with_weights_is_tapped():
     params = jax.eval_shape(lambda: transformer.init(jax.random.key(0), TINY))
     seen = {}
 
-    def linear(path, layer, x):
-        seen[path] = layer["w"].shape
-        return transformer.plain(path, layer, x)
+    def tap(name, x, s):
+        seen[name] = (x.shape[-1], s.shape[-1])
+        return s
 
-    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    jax.eval_shape(lambda params, tokens: transformer.logits(params, tokens, TINY, linear), params, tokens)
-    block = {
-        f"blocks/0/{name}": layer["w"].shape for name, layer in params["blocks"][0].items() if isinstance(layer, dict)
-    }
-    assert seen == block | {"logits": params["logits"]["w"].shape}
+    texts = jax.ShapeDtypeStruct((1, 9), jnp.int32)
+    jax.eval_shape(lambda params, texts: transformer.loss(params, texts, TINY, tap), params, texts)
+    layers = params["blocks"][0] | {"logits": params["logits"]}
+    layers = {name: layer["w"].shape for name, layer in layers.items() if isinstance(layer, dict)}
+    assert {name.removeprefix("blocks/0/"): shape for name, shape in seen.items()} == layers
 
 
 @pytest.mark.parametrize("name", train.CONTESTANTS)

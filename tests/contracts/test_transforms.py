@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from jaxnum.curvature import gauss_newton_bartlett, hutchinson
-from jaxnum.transforms import adamw_independent, adan, harp, lion, n_igt, record_norms, sophia, strict
+from jaxnum.transforms import adamw_independent, adan, harp, lion, mfac, n_igt, record_norms, sophia, strict
 from tests.contracts import transform
 from tests.contracts.transform import TransformMember
 
@@ -28,6 +28,11 @@ def recorded_sgd(learning_rate, momentum):
     return strict(optax.chain(record_norms(4), optax.sgd(learning_rate, momentum)), name="recorded_sgd")
 
 
+def short_mfac(learning_rate, damping, weight_decay):
+    """The length of the window is a shape: no hyperparameter to inject."""
+    return mfac(learning_rate, window=4, damping=damping, momentum=0.5, weight_decay=weight_decay, warm_window=True)
+
+
 def sophia_member(name, estimator, extra):
     hyper = {"learning_rate": 0.02, "b1": 0.9, "weight_decay": 0.0}
     return TransformMember(
@@ -40,6 +45,7 @@ TRANSFORMS = [
     TransformMember("adan", adan, {"learning_rate": 0.02, "b1": 0.9, "weight_decay": 1e-3}),
     TransformMember("adamw_independent", adamw_independent, {"peak": 0.05, "weight_decay": 1e-4}),
     TransformMember("lion", lion, {"learning_rate": 0.02, "weight_decay": 1e-3}),
+    TransformMember("mfac", short_mfac, {"learning_rate": 0.2, "damping": 1.0, "weight_decay": 1e-3}),
     TransformMember("n_igt", slowing_igt, {"learning_rate": 0.2, "eta_power": 0.5}),
     TransformMember(
         "harp", harp, {"learning_rate": 0.05}, {"key": jax.random.key(0)}, lambda loss, residuals: {"obj_fn": loss}
