@@ -122,7 +122,7 @@ def mfac(rate: Rate) -> optax.GradientTransformation:
 
 CONTESTANTS = {
     "adamw": Contestant(adamw, (3e-4, 1e-3, 3e-3, 1e-2)),
-    "adan": Contestant(adan, (3e-3, 1e-2, 3e-2, 1e-1)),
+    "adan": Contestant(adan, (1e-3, 3e-3, 1e-2, 3e-2)),
     "lion": Contestant(lion, (1e-4, 3e-4, 1e-3, 3e-3)),
     "sophia_g": Contestant(sophia_g, (3e-4, 1e-3, 3e-3, 1e-2), with_logits),
     "mkor": Contestant(mkor, (3e-4, 1e-3, 3e-3, 1e-2), with_stats),
