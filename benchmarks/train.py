@@ -126,7 +126,7 @@ CONTESTANTS = {
     "lion": Contestant(lion, (1e-4, 3e-4, 1e-3, 3e-3)),
     "sophia_g": Contestant(sophia_g, (3e-4, 1e-3, 3e-3, 1e-2), with_logits),
     "mkor": Contestant(mkor, (3e-4, 1e-3, 3e-3, 1e-2), with_stats),
-    "mfac": Contestant(mfac, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "mfac": Contestant(mfac, (1e-2, 3e-2, 1e-1, 3e-1)),
 }
 
 
