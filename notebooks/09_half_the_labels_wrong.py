@@ -161,12 +161,14 @@ plt.show()
 
 # %% [markdown]
 # The mean learns the digits first, as well as any, and then the lies. The winsorized and the trimmed mean take longer to
-# learn the digits and hardly ever learn a lie: what an example alone asks for is beyond the 16th of 64.
+# learn the digits and hardly ever learn a lie: what an example alone asks for is beyond the 16th of 64. At this constant
+# rate their accuracy wobbles, the trimmed mean's most. The median of means stands between.
 #
 # ## Who agrees with whom
 #
 # `m_coherence` of m gradients is m where all are equal, 1 where they are orthogonal: how many examples one example's
-# step helps. Here along the run of the mean, for the examples whose labels are right and for the others.
+# step helps. Here along the run of the mean, for the examples whose labels are right and for the others: wrong labels
+# agree with each other less than half as much, which is why they are learned last.
 
 # %%
 figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
