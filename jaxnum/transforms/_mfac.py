@@ -103,14 +103,14 @@ def mfac(
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> loss = lambda x: jnp.sum((x - 1) ** 2 * jnp.array([1.0, 10.0]))
-      >>> optimiser = mfac(0.05, window=4, damping=1.0, warm_window=True)
+      >>> optimiser = mfac(5.0, window=4, damping=100.0, warm_window=True)
       >>> @jax.jit
       ... def step(x, state):
       ...     updates, state = optimiser.update(jax.grad(loss)(x), state, x)
       ...     return optax.apply_updates(x, updates), state
       >>> x = jnp.array([3.0, -2.0])
       >>> state = optimiser.init(x)
-      >>> for _ in range(300):
+      >>> for _ in range(100):
       ...     x, state = step(x, state)
       >>> bool(loss(x) < 1e-3)
       True
