@@ -123,7 +123,9 @@ def fisher_inverse_product(gradients: jax.Array, x: jax.Array, damping: float | 
 
     Cost: m² d and 4 m d flops and m³/3. Memory: nothing of size m d but the gradients.
 
-    Numerics, Source: as `fisher_inverse`.
+    Numerics: as `fisher_inverse`.
+
+    Source: as `fisher_inverse`; the product is Woodbury's identity as it stands.
 
     Example:
       >>> import jax.numpy as jnp

@@ -103,14 +103,14 @@ def mfac(
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> loss = lambda x: jnp.sum((x - 1) ** 2 * jnp.array([1.0, 10.0]))
-      >>> optimiser = mfac(0.05, window=4, damping=1.0, warm_window=True)
+      >>> optimiser = mfac(5.0, window=4, damping=100.0, warm_window=True)
       >>> @jax.jit
       ... def step(x, state):
       ...     updates, state = optimiser.update(jax.grad(loss)(x), state, x)
       ...     return optax.apply_updates(x, updates), state
       >>> x = jnp.array([3.0, -2.0])
       >>> state = optimiser.init(x)
-      >>> for _ in range(300):
+      >>> for _ in range(100):
       ...     x, state = step(x, state)
       >>> bool(loss(x) < 1e-3)
       True
@@ -205,12 +205,16 @@ def _scale_by_mfac(
         weights = woodbury.solve(lower, jax.nn.one_hot(state.slot, window, dtype=gram.dtype))
         good = jnp.isfinite(products).all() & jnp.isfinite(weights).all()
 
+        # The new row apart, and the window written after all reads of it, or XLA copies the window before it writes.
+        others, last = seen * weights.at[state.slot].set(0), seen * weights[state.slot]
+        step = jax.tree.map(lambda kept, g: _combined(others, kept, last, g), state.window, row)
+        step, row = jax.lax.optimization_barrier((step, row))
+
         def put(kept: jax.Array, new: jax.Array) -> jax.Array:
             old = jax.lax.dynamic_index_in_dim(kept, state.slot, keepdims=False)
             return jax.lax.dynamic_update_index_in_dim(kept, jnp.where(good, new, old), state.slot, 0)
 
         kept = jax.tree.map(put, state.window, row)
-        step = jax.tree.map(lambda rows: _combined(seen * weights, rows), kept)
         average = state.momentum
         if momentum is not None:
             step = jax.tree.map(lambda v, u: moments.average(momentum, v, u).astype(v.dtype), average, step)
@@ -261,9 +265,10 @@ def _square(row: PyTree, dtype: Any) -> jax.Array:
     return sum((jnp.sum(jnp.square(g.astype(dtype))) for g in jax.tree.leaves(row)), jnp.zeros([], dtype))
 
 
-def _combined(weights: jax.Array, rows: jax.Array) -> jax.Array:
-    """The gradients of one leaf's window, weighted and summed, in float32 at least."""
+def _combined(weights: jax.Array, rows: jax.Array, last: jax.Array, g: jax.Array) -> jax.Array:
+    """The gradients of one leaf's window, weighted and summed, and one more, in float32 at least."""
     wide = accumulator(rows.dtype)
-    return jax.lax.dot_general(
+    sums = jax.lax.dot_general(
         weights.astype(wide), rows.astype(wide), (((0,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST
     )
+    return sums + last.astype(wide) * g.astype(wide)

@@ -77,7 +77,7 @@ def normalized_gd(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransf
 def scale_by_normalized_gd() -> optax.GradientTransformationExtraArgs:
     """Divide the gradient by β, the mean probability of error.
 
-    Extra argument, errors, numerics (non-finite gradients included) and source: see `normalized_gd`. No state.
+    Args, errors, cost, numerics (non-finite gradients included) and source: see `normalized_gd`. No state.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose updates point uphill, as the gradient does; chain it with
