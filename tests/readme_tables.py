@@ -182,9 +182,15 @@ def marked(name):
     """The columns in which a name has a mark."""
     if name.room == "jaxnum.transforms":
         members = [
-            m for m in test_transforms.TRANSFORMS if name.name in (m.factory.__name__, m.factory.__name__.split("_")[0])
+            m
+            for m in test_transforms.TRANSFORMS
+            if name.name in (m.name, m.factory.__name__, m.factory.__name__.split("_")[0])
         ]
-        members += [m for m in test_transforms.TRANSFORMS if name.name == f"scale_by_{m.factory.__name__}"]
+        members += [
+            m
+            for m in test_transforms.TRANSFORMS
+            if name.name in (f"scale_by_{m.factory.__name__}", f"scale_by_{m.name}")
+        ]
         return shown(members, TRANSFORM, {check.__name__ for check in transform.CHECKS})
     if name.room == "kernels_pallas":
         called = re.findall(r"kernel\.(check_\w+)", inspect.getsource(test_kernels))
