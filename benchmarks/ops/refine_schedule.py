@@ -121,7 +121,7 @@ def run(params: Params):
 register(
     Row(
         name="refine_schedule",
-        covers=("refine_schedule", "refine_schedule_values", "wsd", "wsd_s", "wsd_branch"),
+        covers=("refine_schedule", "refine_schedule_values"),
         shapes={"2000_steps": {}},
         make=make,
         run=run,
