@@ -168,7 +168,7 @@ plt.show()
 #
 # `m_coherence` of m gradients is m where all are equal, 1 where they are orthogonal: how many examples one example's
 # step helps. Here along the run of the mean, for the examples whose labels are right and for the others: wrong labels
-# agree with each other less than half as much, which is why they are learned last.
+# agree with each other less than half as much at that stage of the training.
 
 # %%
 figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")

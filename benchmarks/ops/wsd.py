@@ -2,9 +2,9 @@
 
 A network of two hidden layers learns one mixture of Gaussians with Adam in batches of 32, hardly any example twice;
 losses are those of examples that were not learned from, means of five seeds of weights and batches. Separate runs draw
-other batches, as they would. Noise is the standard error of the difference of two means. Two rules of decay: a fifth of
-a cycle, and as many steps in the separate run; or a tenth of a cycle, and in the separate run a tenth of its own length,
-which is longer at all endpoints but the first.
+other batches, as they would. Noise is the standard error of the difference of two means. Two rules of decay: a fifth
+of a cycle, and as many steps in the separate run; or a tenth of a cycle, and in the separate run a tenth of its own
+length, which is longer at all endpoints but the first.
 """
 
 import functools
