@@ -2,7 +2,8 @@
 
 A network of ReLUs learns a mixture of Gaussians under clipped Adam with warmup and cosine decay. At the base width the
 two parametrisations are one and the same. At eight times the width, the standard one diverges from a smaller rate on,
-and muParam keeps the base's; at the smallest rates it is slower in turn. The range of rates decides: it is the paper's.
+and muParam keeps the base's; at the smallest rates it is slower in turn. The range of rates decides: it is the paper's;
+so do the widths: from 16 to 128 the ratio was 1.7 when last tried.
 The transfer figures are losses at the rate that was best at the base width, over the best of the sweep.
 """
 
