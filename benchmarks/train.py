@@ -124,9 +124,9 @@ CONTESTANTS = {
     "adamw": Contestant(adamw, (3e-4, 1e-3, 3e-3, 1e-2)),
     "adan": Contestant(adan, (1e-3, 3e-3, 1e-2, 3e-2)),
     "lion": Contestant(lion, (1e-4, 3e-4, 1e-3, 3e-3)),
-    "sophia_g": Contestant(sophia_g, (3e-4, 1e-3, 3e-3, 1e-2), with_logits),
+    "sophia_g": Contestant(sophia_g, (3e-5, 1e-4, 3e-4, 1e-3), with_logits),
     "mkor": Contestant(mkor, (3e-4, 1e-3, 3e-3, 1e-2), with_stats),
-    "mfac": Contestant(mfac, (1e-2, 3e-2, 1e-1, 3e-1)),
+    "mfac": Contestant(mfac, (1e-3, 3e-3, 1e-2, 3e-2)),
 }
 
 
