@@ -4,7 +4,8 @@ A network of two hidden layers learns one mixture of Gaussians with Adam in batc
 losses are those of examples that were not learned from, means of five seeds of weights and batches. Separate runs draw
 other batches, as they would. Noise is the standard error of the difference of two means. Two rules of decay: a fifth
 of a cycle, and as many steps in the separate run; or a tenth of a cycle, and in the separate run a tenth of its own
-length, which is longer at all endpoints but the first.
+length, which is longer at all endpoints but the first. A branch may decay as long as the separate run does; WSD-S may
+not, since its next cycle has to begin.
 """
 
 import functools
@@ -96,12 +97,13 @@ def several_lengths(share: float, own: bool, prefix: str) -> dict[str, float]:
     steps = {"wsd": sum(ENDPOINTS), "wsd_s": last, "wsd_branch": last}
     for turn, end in enumerate(ENDPOINTS):
         decay = round(share * (end - before))
-        alone = trained(wsd(PEAK, end, WARMUP, round(share * end) if own else decay), None, range(end), order=1 + turn)
+        length = round(share * end) if own else decay
+        alone = trained(wsd(PEAK, end, WARMUP, length), None, range(end), order=1 + turn)
         kept = trained(one, kept, range(before, end), order=0)
-        stable = trained(main, stable, range(left, end - decay), order=0)
-        branch = trained(wsd_branch(PEAK, end - decay, decay), stable, range(end - decay, end), order=0)
-        steps["wsd_branch"] += decay if end < last else 0
-        before, left = end, end - decay
+        stable = trained(main, stable, range(left, end - length), order=0)
+        branch = trained(wsd_branch(PEAK, end - length, length), stable, range(end - length, end), order=0)
+        steps["wsd_branch"] += length if end < last else 0
+        before, left = end, end - length
         found = {"wsd": alone, "wsd_s": kept, "wsd_branch": branch, "undecayed": stable}
         found = {name: np.asarray(losses(carry[0]), np.float64) for name, carry in found.items()}
         figures |= {f"{name}_{end}": values.mean() for name, values in found.items()}
