@@ -62,7 +62,7 @@ def joint_error(task: str) -> float:
     kind = neural_network.MLPRegressor if task == "squared" else neural_network.MLPClassifier
     errors = []
     for seed in range(3):
-        model = kind((UNITS,), activation="tanh", solver="lbfgs", max_iter=1000, random_state=seed)
+        model = kind(hidden_layer_sizes=(UNITS,), activation="tanh", solver="lbfgs", max_iter=1000, random_state=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that L-BFGS stopped at its limit
             found = model.fit(X, y).predict(test)
