@@ -196,6 +196,7 @@ register(
             Target("error", 1e-4, "M-FAC in float32 within 1e-4 of float64."),
             Target("figure", 1e-4, "The same on the gradients of a trained network.", figure="float32_error"),
             Target("figure", 3.0, "Step <= 3x a pair of products with the window.", figure="over_matvec_pair"),
+            Target("figure", 0.7, "OBS at 80 % loses <= 0.7x of magnitude's drop.", figure="drop_joint_over_magnitude"),
         ),
         figures={"step_times": step_times, "pruning": pruning, "training_gradients": training_gradients},
     )
