@@ -75,15 +75,16 @@ def fisher_inverse(gradients: jax.Array, damping: float | jax.Array, *, block: i
       A `FisherInverse` with `product(x)`, `diagonal()` and `element(i, j)`.
 
     Raises:
-      ShapeError: gradients are not a matrix.
+      ShapeError: gradients are not a matrix, or have an axis of size 0; damping is not one number.
       DtypeError: gradients are not real floating-point.
       ValueError: damping or block out of range.
 
     Cost: 2 m² d flops and m³/3 a block, once; a product 4 m d, the diagonal 2 m d, an element 2 m. Memory: m d.
 
     Numerics: in float32 at least. I / λ and Vᵀ V nearly cancel along the gradients themselves: there the error is an
-    eps of 1 / λ, not of the result. For the inverse times a gradient that is a row of G, `jaxnum.transforms.mfac` has a
-    form without cancellation. A gradient that is inf or NaN makes everything NaN in its blocks.
+    eps of 1 / λ, not of the result, and more where K is close to singular. For the inverse times a gradient that is a
+    row of G, `jaxnum.transforms.mfac` has a form without cancellation. A gradient that is inf or NaN makes everything
+    NaN in its blocks.
 
     Source: E. Frantar, E. Kurtic, D. Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order
     Information", NeurIPS 2021, arXiv 2107.03356, section 3.1. The paper's recursion over rows computes the same V, row
@@ -117,7 +118,7 @@ def fisher_inverse_product(gradients: jax.Array, x: jax.Array, damping: float | 
       F^-1 x [d], float32 at least.
 
     Raises:
-      ShapeError: gradients are not a matrix, or x has another length than its rows.
+      ShapeError: as `fisher_inverse`, or x has another length than the gradients' rows.
       DtypeError: gradients or x are not real floating-point.
       ValueError: damping out of range.
 
@@ -142,6 +143,9 @@ def _checked(function: str, gradients: jax.Array, damping: Any) -> jax.Array:
     checks.arrays(function, gradients=gradients)
     checks.shape(function, remedy="Stack one gradient a row.", gradients=(gradients, "M D"))
     checks.dtype(function, "floating", gradients=gradients)
+    shape = jnp.shape(gradients)
+    checks.value(function, "gradients", min(shape) > 0, "have no axis of size 0", shape, error=checks.ShapeError)
+    checks.shape(function, remedy="One number damps all parameters.", damping=(damping, ""))
     if isinstance(damping, int | float):
         checks.value(function, "damping", damping > 0, "be greater than 0", damping)
     return jnp.asarray(gradients).astype(accumulator(gradients.dtype))

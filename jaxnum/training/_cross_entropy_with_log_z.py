@@ -57,7 +57,7 @@ def cross_entropy_with_log_z(
     Raises:
       ShapeError: labels or `where` do not have the shape of the logits without `axis`.
       DtypeError: logits are not floating-point, labels not integers.
-      ValueError: `axis` is not one of the logits', the coefficient is negative.
+      ValueError: `axis` is not one of the logits' or has no classes, the coefficient is negative.
 
     Cost: one exponential a logit, forwards; backwards one pass. Kept in between: an array like the logits, in whose
     place the gradient is written.
@@ -82,6 +82,7 @@ def cross_entropy_with_log_z(
     checks.dtype(name, "integer", labels=labels)
     rank = jnp.ndim(logits)
     checks.value(name, "axis", -rank <= axis < rank, f"be an axis of the logits {jnp.shape(logits)}", axis)
+    checks.value(name, "logits", jnp.shape(logits)[axis] > 0, "have at least one class", jnp.shape(logits))
     logits = jnp.moveaxis(jnp.asarray(logits), axis, -1)
     wanted = " ".join(map(str, logits.shape[:-1]))
     checks.shape(name, remedy="Labels are integers, without the axis of classes.", labels=(labels, wanted))

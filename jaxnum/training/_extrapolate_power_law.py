@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxnum.core.precision import accumulator
 from kernels_pallas import checks
@@ -62,11 +63,20 @@ def extrapolate_power_law(sizes: jax.typing.ArrayLike, values: jax.typing.ArrayL
       0.500 80.0 1e+12
     """
     name = "extrapolate_power_law"
-    given = (jnp.asarray(sizes), jnp.asarray(values))
+    given = (_floating(sizes), _floating(values))
     points = checks.shape(name, sizes=(given[0], "m"), values=(given[1], "m"))["m"]
     checks.value(name, "sizes", points >= 2, "have at least 2 entries", points)
     wide = accumulator(jnp.result_type(*given, float))
     x, y = (jnp.log(array.astype(wide)) for array in given)
-    offset = x - x.mean()
+    # From the first, so that equal sizes leave exactly 0.
+    offset = x - x[0]
+    offset = offset - offset.mean()
     exponent = jnp.sum(offset * (y - y.mean())) / jnp.sum(offset**2)
     return PowerLaw(jnp.exp(y.mean() - exponent * x.mean()), exponent)
+
+
+def _floating(numbers: jax.typing.ArrayLike) -> jax.Array:
+    """An array, through float64 on the host where that can be: numbers of parameters need not fit int32."""
+    if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(numbers)):
+        return jnp.asarray(numbers)
+    return jnp.asarray(np.asarray(numbers) * 1.0)

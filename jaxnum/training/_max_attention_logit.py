@@ -20,7 +20,7 @@ def max_attention_logit(
     Args:
       q: [B, T, H, D] floating-point, as they enter attention: after any norm and rotary embedding.
       k: [B, S, K, D] floating-point; K divides H, and key head j serves the query heads from j H / K on.
-      scale: of the products; None is D ** -0.5.
+      scale: [], of the products; None is D ** -0.5.
       causal: leave out keys behind the query's position; needs S = T.
       block: queries at a time, >= 1.
 
@@ -29,7 +29,7 @@ def max_attention_logit(
 
     Raises:
       ShapeError: shapes that do not fit; DtypeError: not floating-point.
-      ValueError: `block` below 1, or causal with S != T.
+      ValueError: an axis of size 0, `block` below 1, or causal with S != T.
 
     Cost: the products of attention, once, B H block S numbers at a time; one head's or one batch entry's worth is
     enough to watch a run.
@@ -50,6 +50,9 @@ def max_attention_logit(
     sizes = checks.shape(name, remedy="The layout is [B, T, H, D].", q=(q, "B T H D"), k=(k, "B S K D"))
     checks.dtype(name, "floating", q=q, k=k)
     T, S, heads, groups, D = (sizes[axis] for axis in "TSHKD")
+    for argument, entries in (("q", sizes["B"] * T * heads), ("k", sizes["B"] * S * groups)):
+        checks.value(name, argument, entries > 0, "have no axis of size 0", jnp.shape(q if argument == "q" else k))
+    checks.shape(name, remedy="One number scales all products.", scale=(scale, ""))
     checks.value(name, "k", heads % groups == 0, f"have a number of heads that divides {heads}", groups)
     checks.value(name, "k", T == S or not causal, f"have {T} tokens, as many as q, where causal", S)
     checks.value(name, "block", isinstance(block, int) and block >= 1, "be an int of at least 1", block)
@@ -61,6 +64,10 @@ def max_attention_logit(
         query = query.reshape(sizes["B"], groups, heads // groups, D)
         products = jnp.einsum("bkgd,bskd->bskg", query, k, preferred_element_type=wide, precision="highest") * factor
         hidden = causal & (jnp.arange(S) > t)
-        return jnp.max(jnp.where(hidden[:, None, None], -jnp.inf, products), axis=(0, 1)).reshape(heads)
+        return largest(jnp.where(hidden[:, None, None], -jnp.inf, products), (0, 1)).reshape(heads)
 
-    return jnp.max(jax.lax.map(row, (jnp.arange(T), jnp.moveaxis(q, 1, 0)), batch_size=block), axis=0)
+    def largest(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
+        # XLA's maximum leaves NaN out on CPUs, in some compiled shapes.
+        return jnp.where(jnp.isnan(x).any(axis), jnp.nan, jnp.max(x, axis))
+
+    return largest(jax.lax.map(row, (jnp.arange(T), jnp.moveaxis(q, 1, 0)), batch_size=block), 0)

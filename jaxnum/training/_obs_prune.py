@@ -59,7 +59,8 @@ def obs_prune(
 
     Cost: that of `fisher_inverse` and a sort; "joint" a second Gram matrix.
 
-    Numerics: in float32 at least; "joint" has no cancellation. Ties go by position. A NaN among the gradients makes all
+    Numerics: in float32 at least; "joint" has no cancellation. Ties go by position. [F^-1]_pp is known to some eps / λ,
+    and at least 1 / F_pp: weights are told apart where λ is well above eps F_pp. A NaN among the gradients makes all
     corrected weights of its block NaN.
 
     Source: B. Hassibi, D. Stork, "Second order derivatives for network pruning: optimal brain surgeon", NeurIPS 1992;
@@ -95,7 +96,12 @@ def _prune(
 ) -> tuple[jax.Array, jax.Array]:
     inverse = fisher_inverse(rows, damping, block=block)
     diagonal = inverse.diagonal()
-    order = jnp.argsort(jnp.square(w) / diagonal, stable=True)
+    # Cancellation may leave less than 1 / F_pp, which no diagonal element of F^-1 is below, or even a negative number.
+    used = jnp.repeat(inverse.damping, inverse.rows.shape[-1])[: w.size]
+    least = 1 / (used + jnp.mean(jnp.square(rows), axis=0))
+    diagonal = jnp.maximum(diagonal, least)
+    # The root of the cost, so that small weights do not tie with 0.
+    order = jnp.argsort(jnp.abs(w) / jnp.sqrt(diagonal), stable=True)
     kept = jnp.zeros(w.size, jnp.int32).at[order].set(jnp.arange(w.size, dtype=jnp.int32)) >= count
     if correction == "single":
         w = w - inverse.product(jnp.where(kept, 0, w / diagonal))

@@ -203,7 +203,7 @@ def opposing_signals_score(
         return jax.tree.map(lambda g: g.astype(accumulator(g.dtype)), jax.grad(loss)(params, example))
 
     size = jnp.shape(jax.tree.leaves(data)[0])[0]
-    norms = jax.lax.map(lambda example: trees.norm(gradient(example)), data, batch_size=batch_size or size)
+    norms = jax.lax.map(lambda example: trees.safe_norm(gradient(example)), data, batch_size=batch_size or size)
 
     def mean_of(index: jax.Array) -> PyTree:
         chosen = jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], data)
@@ -211,10 +211,13 @@ def opposing_signals_score(
         return jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients)
 
     up, down = mean_of(groups.up), mean_of(groups.down)
-    lengths = trees.norm(up), trees.norm(down)
+    lengths = trees.safe_norm(up), trees.safe_norm(down)
+    units = (
+        jax.tree.map(lambda g, n=n: g / n.astype(g.dtype), group) for group, n in zip((up, down), lengths, strict=True)
+    )
     both = jnp.concatenate([groups.up, groups.down])
     return OpposingScore(
-        cosine=trees.vdot(up, down) / (lengths[0] * lengths[1]),
+        cosine=trees.vdot(*units),
         up_ratio=lengths[0] / norms.mean(),
         down_ratio=lengths[1] / norms.mean(),
         share=norms[both].sum() / norms.sum(),

@@ -128,6 +128,8 @@ def _rms(function: str, argument: str, tree: PyTree) -> PyTree:
         sizes = jnp.abs(jnp.asarray(leaf))
         sizes = sizes.astype(accumulator(sizes.dtype))
         largest = jnp.max(sizes, initial=0)
-        return largest * jnp.sqrt(jnp.mean(jnp.square(sizes / jnp.where(largest == 0, 1, largest))))
+        # Above 1 / tiny a divisor's reciprocal, which XLA may multiply by, vanishes.
+        unit = jnp.where(jnp.isfinite(largest), jnp.minimum(largest, 1 / jnp.finfo(sizes.dtype).tiny), largest)
+        return unit * jnp.sqrt(jnp.mean(jnp.square(sizes / jnp.where(unit == 0, 1, unit))))
 
     return jax.tree.map(one, tree)

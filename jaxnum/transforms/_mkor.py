@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxnum.core import trees
 from jaxnum.core.precision import accumulator
 from jaxnum.transforms import _mkor_layers, _strict
 from jaxnum.transforms.moments import check_numbers
@@ -100,10 +101,11 @@ def mkor(
     O(m² + n²) at an update. Memory: m² + n² for the factors, and the momentum. Data parallelism sends m + n numbers.
 
     Numerics: products and sums in at least float32, whatever `factor_dtype`; factors stay symmetric to the last bit.
-    gᵀ v is at least 0 unless rounding has spoilt a factor, and is cut off there. Where a or g of a layer is not finite,
-    the update of both its factors is left out and counted in the state's `skipped`. A gradient that is not finite makes
-    the layer's whole step NaN, at this step and, by momentum, after; factors never see it. `optax.apply_if_finite`
-    skips such steps.
+    gᵀ v is below 0 only where rounding has spoilt a factor, which then starts again from I: in "bfloat16" where |g|²
+    is several hundred, as in wide layers whose inputs have a large mean. Where a or g of a layer is not finite, the
+    update of both its factors is left out and counted in the state's `skipped`. A gradient that is not finite makes the
+    layer's whole step NaN, at this step and, by momentum, after; factors never see it. `optax.apply_if_finite` skips
+    such steps.
 
     Source: M. Mozaffari, S. Li, Z. Zhang, M. M. Dehnavi, "MKOR: Momentum-Enabled Kronecker-Factor-Based Optimizer Using
     Rank-1 Updates", 2023, arXiv 2306.01685, Algorithm 1, with the inverse worked out again; "reference" is the update
@@ -271,18 +273,23 @@ def _factor(
 
 def _exact(x: jax.Array, g: jax.Array, eye: jax.Array, gamma: Any) -> jax.Array:
     """The inverse of γ X⁻¹ + (1 - γ) g gᵀ, by Sherman and Morrison."""
-    del eye
-    v = jnp.matmul(x, g, precision=jax.lax.Precision.HIGHEST)
-    curvature = jnp.maximum(jnp.vdot(g, v, precision=jax.lax.Precision.HIGHEST), 0)
+    x, v, curvature = _along(x, g, eye)
     return (x - (1 - gamma) * (jnp.outer(v, v) / (gamma + (1 - gamma) * curvature))) / gamma
 
 
 def _reference(x: jax.Array, g: jax.Array, eye: jax.Array, gamma: Any) -> jax.Array:
     """The inverse of Y⁻¹ + g gᵀ with Y = γ X + (1 - γ) I, as the released code has it for γ = 0.95."""
-    y = gamma * x + (1 - gamma) * eye
-    v = jnp.matmul(y, g, precision=jax.lax.Precision.HIGHEST)
-    curvature = jnp.maximum(jnp.vdot(g, v, precision=jax.lax.Precision.HIGHEST), 0)
+    y, v, curvature = _along(gamma * x + (1 - gamma) * eye, g, eye)
     return y - jnp.outer(v, v) / (1 + curvature)
+
+
+def _along(x: jax.Array, g: jax.Array, eye: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """X, X g and gᵀ X g, of I where the last is negative: no update makes such a factor positive definite again."""
+    v = jnp.matmul(x, g, precision=jax.lax.Precision.HIGHEST)
+    curvature = jnp.vdot(g, v, precision=jax.lax.Precision.HIGHEST)
+    spoilt = curvature < 0
+    square = jnp.vdot(g, g, precision=jax.lax.Precision.HIGHEST)
+    return jnp.where(spoilt, eye, x), jnp.where(spoilt, g, v), jnp.where(spoilt, square, curvature)
 
 
 _UPDATES = {"exact": _exact, "reference": _reference}
@@ -292,7 +299,7 @@ def _preconditioned(gradient: jax.Array, left: jax.Array, right: jax.Array) -> j
     """L⁻¹ G R⁻¹ with the Frobenius norm of G; 0 where G is."""
     product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     direction = product(product(left.astype(gradient.dtype), gradient), right.astype(gradient.dtype))
-    norm, wanted = jnp.linalg.norm(direction), jnp.linalg.norm(gradient)
+    norm, wanted = trees.safe_norm(direction), trees.safe_norm(gradient)
     return direction * (wanted / jnp.where(norm == 0, 1, norm))
 
 

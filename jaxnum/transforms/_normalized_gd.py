@@ -47,11 +47,11 @@ def normalized_gd(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransf
 
     Cost: one sum over the margins and one scaling of the gradient. No state.
 
-    Numerics: β is formed as exp of a log-sum-exp of log p_i, in float32 at least. Where all margins are above 104
-    (float32) every p_i underflows, the gradient is 0 and so is the step: the data are separated. A gradient that lost
-    digits to that underflow before is not repaired: `separate` in `jaxnum.training` forms the weights without a
-    division and does not. Margins that are inf or NaN, like such gradients, make the step NaN (+inf is a p_i of 0).
-    Stop on the margins, not on the loss: a larger γ separates sooner at a larger loss.
+    Numerics: β is formed as exp of a log-sum-exp of log p_i, in float32 at least. Where all margins are above 87
+    (float32) every p_i underflows, the gradient is 0 or as good as, and so is the step: the data are separated. A
+    gradient that lost digits to that underflow before is not repaired: `separate` in `jaxnum.training` forms the
+    weights without a division and does not. Margins that are inf or NaN, like such gradients, make the step NaN (+inf
+    is a p_i of 0). Stop on the margins, not on the loss: a larger γ separates sooner at a larger loss.
 
     Source: A. Tyurin, "From Logistic Regression to the Perceptron Algorithm: Exploring Gradient Descent with Large Step
     Sizes", AAAI 2025, arXiv 2412.08424. The bound for finite γ is ours: while a point is misclassified the p_i sum to
@@ -103,8 +103,9 @@ def _scale(function: str) -> optax.GradientTransformationExtraArgs:
         z = jnp.asarray(margins)
         z = z.astype(accumulator(z.dtype))
         mass = jnp.exp(jax.nn.logsumexp(jax.nn.log_sigmoid(-z))) / z.size
-        # All probabilities underflow together with the gradient; what is not finite must stay so.
-        scale = jnp.where(mass == 0, 1.0, 1 / mass)
+        # All probabilities underflow together with the gradient, and 1 / mass would overflow; what is not finite must
+        # stay so.
+        scale = jnp.where(mass < jnp.finfo(mass.dtype).tiny, 1.0, 1 / mass)
         return jax.tree.map(lambda g: (scale * g).astype(g.dtype), updates), state
 
     # optax types every state as any tree.

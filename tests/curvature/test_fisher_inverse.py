@@ -95,3 +95,18 @@ def test_bad_input():
         fisher_inverse_product(G, x[1:], 1.0)
     with pytest.raises(ShapeError, match="FisherInverse.product: `x` must have shape"):
         fisher_inverse(G, 1.0).product(G)
+
+
+def test_singular_blocks_are_found_among_many():
+    # In a compiled batch the minimum of NaNs need not be NaN, and a failed factorisation looked regular.
+    G = np.random.default_rng(0).normal(size=(2000, 4, 6)).astype("float32") * np.float32([1e3, 1e3, 1, 1, 1, 1])
+    diagonals = jax.jit(jax.vmap(lambda G: fisher_inverse(G, 1e-3).diagonal()))(G)
+    assert bool(jnp.isfinite(diagonals).all())
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_empty_gradients_and_many_dampings_are_named(shape):
+    with pytest.raises(ShapeError, match="fisher_inverse: `gradients` must have no axis of size 0"):
+        fisher_inverse(jnp.zeros(shape), 1.0)
+    with pytest.raises(ShapeError, match=r"fisher_inverse: `damping` must have shape \(\)"):
+        fisher_inverse(jnp.ones((3, 3)), jnp.ones(3))

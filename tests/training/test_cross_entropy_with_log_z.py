@@ -117,3 +117,8 @@ def test_what_is_wrong_shows():
         cross_entropy_with_log_z(logits, labels, axis=2)
     with pytest.raises(ValueError, match="^cross_entropy_with_log_z: `coefficient` must be at least 0"):
         cross_entropy_with_log_z(logits, labels, coefficient=-1.0)
+
+
+def test_no_classes_are_named():
+    with pytest.raises(ValueError, match="cross_entropy_with_log_z: `logits` must have at least one class"):
+        cross_entropy_with_log_z(jnp.zeros((2, 0)), jnp.zeros(2, int))

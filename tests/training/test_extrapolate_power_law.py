@@ -33,3 +33,10 @@ def test_what_is_no_law_is_nan_or_named():
         extrapolate_power_law(SIZES, SIZES[:2])
     with pytest.raises(ValueError, match="^extrapolate_power_law: `sizes` must have at least 2"):
         extrapolate_power_law([1.0], [1.0])
+
+
+def test_sizes_beyond_int32_and_equal_sizes():
+    for sizes in ([5 * 10**9, 10**10, 4 * 10**10], np.array([5 * 10**9, 10**10, 4 * 10**10])):
+        np.testing.assert_allclose(extrapolate_power_law(sizes, [1, 2, 8]).exponent, 1, rtol=tolerance("float32", 100))
+    for size in (10, 1000, 12345):
+        assert np.isnan(extrapolate_power_law([size] * 7, np.arange(1.0, 8.0)).exponent)

@@ -34,3 +34,17 @@ def test_scale_dtype_and_what_is_wrong(key):
         max_attention_logit(q, jnp.tile(q, (1, 1, 2, 1)))
     with pytest.raises(ValueError, match="^max_attention_logit: `block` must be"):
         max_attention_logit(q, q, block=0)
+
+
+def test_a_nan_shows_in_its_head(key):
+    q = jax.random.normal(key, (2, 64, 4, 16)).at[1, 32, 0, 1].set(jnp.nan)
+    k = jax.random.normal(jax.random.fold_in(key, 1), (2, 64, 4, 16))
+    assert jnp.isnan(max_attention_logit(q, k)).tolist() == [True, False, False, False]
+
+
+def test_empty_axes_and_many_scales_are_named():
+    q = jnp.ones((2, 5, 4, 3))
+    with pytest.raises(ValueError, match="max_attention_logit: `k` must have no axis of size 0"):
+        max_attention_logit(q, q[:, :0])
+    with pytest.raises(ShapeError, match=r"max_attention_logit: `scale` must have shape \(\)"):
+        max_attention_logit(q, q, scale=jnp.ones(4))

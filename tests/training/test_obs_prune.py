@@ -1,5 +1,6 @@
 """Pruning by optimal brain surgeon: the constrained minimum of the quadratic model, and the paper's sum of singles."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -82,3 +83,15 @@ def test_bad_input():
         obs_prune(w, G, 1, block=0)
     with pytest.raises(ShapeError, match="obs_prune: `gradients` must have shape"):
         obs_prune(w, G[:, 1:], 1)
+
+
+def test_cancellation_prunes_no_weight_of_large_curvature():
+    # The first two cost 1e6 times what the others do, and their computed diagonal may be negative.
+    G = np.random.default_rng(0).normal(size=(2000, 4, 6)).astype("float32") * np.float32([1e3, 1e3, 1, 1, 1, 1])
+    kept = jax.jit(jax.vmap(lambda G: obs_prune(jnp.ones(6), G, 1, 1e-3).kept))(G)
+    assert bool(kept[:, :2].all())
+
+
+def test_weights_whose_squares_vanish_do_not_tie_with_zero():
+    kept = obs_prune(jnp.array([1e-25, 1.0, 0.0]), jnp.ones((2, 3)), 1).kept
+    assert kept.tolist() == [True, True, False]

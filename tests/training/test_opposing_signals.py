@@ -95,3 +95,13 @@ def test_bad_arguments_are_named():
         opposing_signals_feature(jnp.ones(4), groups)
     with pytest.raises(ValueError, match="^opposing_signals_score: `batch_size` must be"):
         opposing_signals_score(loss, (), jnp.ones(4), groups, batch_size=0)
+
+
+def test_scores_know_no_unit():
+    data = (jnp.array([1.0, 1.0, 0.1, 0.1]), jnp.array([1.0, -1.0, 0.0, 0.0]))
+    groups = opposing_signals_groups(jnp.zeros(4), jnp.array([1.0, -1.0, 0.0, 0.0]), 1)
+    want, got = (
+        opposing_signals_score(lambda w, one, s=s: s * (w * one[0] - one[1]) ** 2, 0.1, data, groups)
+        for s in (1.0, 1e-24)
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-5)

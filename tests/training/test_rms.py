@@ -45,3 +45,7 @@ def test_bad_arguments_are_named():
         rms({"n": jnp.arange(3)})
     with pytest.raises(ValueError, match="^grad_rms: `eps` must be greater than 0"):
         grad_rms(jnp.ones(2), eps=0.0)
+
+
+def test_the_largest_numbers_do_not_vanish():
+    np.testing.assert_allclose(rms(jnp.full(3, 3e38)), 3e38, rtol=tolerance("float32", 3))

@@ -276,3 +276,19 @@ def test_bad_arguments(key):
     ):
         with pytest.raises(error, match=f"^mkor: {words}"):
             tx.update(grads, state, params, stats=bad)
+
+
+def test_spoilt_bfloat16_factors_start_again():
+    # Inputs of a large mean: eigenvalues beyond bfloat16's range, which went to -inf.
+    rng = np.random.default_rng(0)
+    a = (np.abs(rng.normal(size=512)) + 0.1 * rng.normal(size=(120, 512))).astype("float32")
+    state = after((a, jnp.ones((120, 1))), jnp.ones((512, 1)), factor_dtype="bfloat16")
+    assert float(jnp.abs(state.right["l"]).max()) < 200
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e20])
+def test_norms_of_small_and_large_gradients(key, scale):
+    params, grads, stats = layer_problem(key, jnp.float32)
+    tx = scale_by_mkor(LAYERS)
+    (want, _), (got, _) = (once(tx, optax.tree.scale(s, grads), params, stats) for s in (1.0, scale))
+    np.testing.assert_allclose(got["w"] / scale, want["w"], rtol=tolerance("float32", 20))
