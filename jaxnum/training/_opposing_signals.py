@@ -177,7 +177,7 @@ def opposing_signals_score(
       An `OpposingScore`. Opposing signals have a cosine near -1, ratios of many, and a share far above 2 k / n.
 
     Raises:
-      ValueError: batch_size below 1, `data` is empty.
+      ValueError: batch_size below 1, `data` is empty; ShapeError: its leaves have different numbers of examples.
 
     Cost: one gradient of each example, of which the norm is kept, and 2 k that are kept.
 
@@ -202,7 +202,12 @@ def opposing_signals_score(
     def gradient(example: PyTree) -> PyTree:
         return jax.tree.map(lambda g: g.astype(accumulator(g.dtype)), jax.grad(loss)(params, example))
 
-    size = jnp.shape(jax.tree.leaves(data)[0])[0]
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(data)]
+    alike = all(shape[:1] == shapes[0][:1] != () for shape in shapes)
+    checks.value(
+        name, "data", alike, "have an axis of examples, as long in every leaf", shapes, error=checks.ShapeError
+    )
+    size = shapes[0][0]
     norms = jax.lax.map(lambda example: trees.safe_norm(gradient(example)), data, batch_size=batch_size or size)
 
     def mean_of(index: jax.Array) -> PyTree:

@@ -112,13 +112,17 @@ def mkor_hybrid(
         _strict.matching("mkor_hybrid", updates, params, "floating")
         _check_value(value)
 
+        def alike(moved: PyTree) -> PyTree:
+            # One method may widen the gradient's dtype where the other does not.
+            return jax.tree.map(lambda m, u: m.astype(u.dtype), moved, updates)
+
         def by_first(first: PyTree, second: PyTree) -> tuple[PyTree, PyTree, PyTree]:
             moved, first = first_order.update(updates, first, params, value=value, **extra_args)
-            return moved, first, second
+            return alike(moved), first, second
 
         def by_second(first: PyTree, second: PyTree) -> tuple[PyTree, PyTree, PyTree]:
             moved, second = second_order.update(updates, second, params, value=value, **extra_args)
-            return moved, first, second
+            return alike(moved), first, second
 
         moved, first, second = jax.lax.cond(state.switched, by_first, by_second, state.first, state.second)
         watched = _watched(state, value, threshold, patience, window)

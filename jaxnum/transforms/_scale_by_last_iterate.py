@@ -63,7 +63,8 @@ def scale_by_last_iterate(weights: jax.typing.ArrayLike) -> optax.GradientTransf
     """
     function, wanted = "scale_by_last_iterate", "be a vector [T] of positive numbers"
     remedy = "Call it outside jax.jit."
-    checks.value(function, "weights", not checks.traced(weights), "be concrete", "a tracer", remedy)
+    traced = any(map(checks.traced, jax.tree.leaves(weights)))
+    checks.value(function, "weights", not traced, "be concrete", "a tracer", remedy)
     given = np.asarray(weights, np.float64)
     checks.value(function, "weights", given.ndim == 1 and given.size >= 1, wanted, f"shape {given.shape}")
     inside = np.isfinite(given) & (given > 0)

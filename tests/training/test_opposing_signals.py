@@ -105,3 +105,9 @@ def test_scores_know_no_unit():
         for s in (1.0, 1e-24)
     )
     np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_leaves_of_different_lengths_are_named():
+    groups = opposing_signals_groups(jnp.zeros(4), jnp.array([1.0, -1.0, 0.0, 0.0]), 1)
+    with pytest.raises(ShapeError, match="opposing_signals_score: `data` must have an axis of examples"):
+        opposing_signals_score(lambda w, one: w * one[0] * one[1], 0.1, (jnp.ones(4), jnp.ones(2)), groups)

@@ -71,3 +71,9 @@ def test_bad_arguments():
         tx.update(x, tx.init(x), x, value=x)
     with pytest.raises(DtypeError, match="mkor_hybrid: `value` must have a floating-point dtype; got int32"):
         tx.update(x, tx.init(x), x, value=1)
+
+
+def test_methods_that_widen_may_be_paired_with_those_that_do_not():
+    tx = mkor_hybrid(optax.scale(jnp.float32(1)), optax.identity())
+    x = jnp.ones(2, jnp.bfloat16)
+    assert tx.update(x, tx.init(x), x, value=1.0)[0].dtype == jnp.bfloat16

@@ -62,3 +62,8 @@ def test_equal_weights_are_the_linear_decay_and_nothing_moves_beyond():
 def test_bad_arguments_are_named(call, sentence):
     with pytest.raises(ValueError, match=f"^scale_by_last_iterate: `weights` must {sentence}"):
         call()
+
+
+def test_a_list_of_traced_weights_is_named():
+    with pytest.raises(ValueError, match="scale_by_last_iterate: `weights` must be concrete"):
+        jax.jit(lambda w: scale_by_last_iterate([w, w]).init(w))(1.0)
