@@ -43,9 +43,10 @@ def scale_by_last_iterate(weights: jax.typing.ArrayLike) -> optax.GradientTransf
       ValueError: weights that are traced, not a vector, empty, or not positive and finite; at update, no `params`.
       TreeError, ShapeError, DtypeError: at update, updates that do not match floating-point `params`.
 
-    Cost: one pass over the updates. Memory: 4 bytes a step of the run, a constant of the program.
+    Cost: one pass over the updates. Memory: a number a step of the run, a constant of the program.
 
-    Numerics: shares are summed in float64 from the end. Non-finite updates stay non-finite, at step T and beyond too.
+    Numerics: shares are summed in float64 from the end, and stay so where x64 is on. Non-finite updates stay
+    non-finite, at step T and beyond too.
 
     Source: A. Defazio, A. Cutkosky, H. Mehta, K. Mishchenko, "Optimal Linear Decay Learning Rate Schedules and Further
     Refinements", 2023, arXiv 2310.07831, theorem 1.
@@ -70,7 +71,7 @@ def scale_by_last_iterate(weights: jax.typing.ArrayLike) -> optax.GradientTransf
     inside = np.isfinite(given) & (given > 0)
     checks.value(function, "weights", bool(inside.all()), wanted, given[~inside][:1])
     tails = np.append(np.cumsum(given[::-1])[::-1], 0.0)
-    shares = (tails[1:] / tails[0]).astype(np.float32)
+    shares = tails[1:] / tails[0]
 
     def init(params: PyTree) -> LastIterateState:
         _strict.parameters(function, params)

@@ -67,3 +67,8 @@ def test_bad_arguments_are_named(call, sentence):
 def test_a_list_of_traced_weights_is_named():
     with pytest.raises(ValueError, match="scale_by_last_iterate: `weights` must be concrete"):
         jax.jit(lambda w: scale_by_last_iterate([w, w]).init(w))(1.0)
+
+
+def test_shares_keep_float64(x64):
+    tx, x = scale_by_last_iterate([1.0, 2.0, 3.0]), jnp.ones(())
+    np.testing.assert_allclose(tx.update(x, tx.init(x), x)[0], 5 / 6, rtol=1e-15)
