@@ -68,8 +68,10 @@ def batch_eigenvalue(
     divisor = jnp.where(outside, eigenvalue, 1)
     # Not a plain sign, which is 0 at 0; it keeps NaN.
     sign = jnp.where(eigenvalue == 0, 1, jnp.sign(eigenvalue))
-    value = jnp.where(outside, eigenvalue + s / divisor, sign * 2 * jnp.sqrt(s))
-    overlap = jnp.where(outside, 1 - s / divisor**2, 0 * (size + s))
+    # The root of 0 has no derivative, not even where another branch counts.
+    edge = 2 * jnp.sqrt(jnp.where(outside, 1, s))
+    value = jnp.where(outside, eigenvalue + s / divisor, sign * edge)
+    overlap = jnp.where(outside, 1 - s / divisor / divisor, 0 * (size + s))
     return BatchEigenvalue(value, overlap)
 
 

@@ -53,7 +53,10 @@ def batch_learning_rate(
     """
     s = _batch_eigenvalue.sampled("batch_learning_rate", noise, batch_size, num_examples)
     size = jnp.abs(jnp.asarray(eigenvalue))
-    return 2 * size / (size**2 + s)
+    none = size == 0
+    # Not size**2, which overflows and vanishes too early.
+    bent = 2 / (size + s / jnp.where(none, 1, size))
+    return jnp.where(none, 2 * size / jnp.where(none, s, 1), bent)
 
 
 def rescale_batch_learning_rate(

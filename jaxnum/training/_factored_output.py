@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnum.core.precision import accumulator
-from jaxnum.training._spherical_z_loss import spherical_z_loss_from_statistics
+from jaxnum.training._spherical_z_loss import labels_outside, spherical_z_loss_from_statistics
 from kernels_pallas import checks
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -253,7 +253,8 @@ def _checked(
     for name, got in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
         if isinstance(got, int | float):
             checks.value(function, name, got >= 0, "be at least 0", got)
-    picked = jnp.where(labels < 0, sizes["D"], labels).reshape(h.shape[0], -1)
+    checks.value(function, "h", h.shape[0] >= 1, "have at least one row", h.shape, error=checks.ShapeError)
+    picked = labels_outside(jnp.asarray(labels), sizes["D"]).reshape(h.shape[0], -1)
     return h.astype(state.v.dtype), picked, sizes["D"]
 
 

@@ -120,6 +120,7 @@ def gbnn(
     X, y = jnp.asarray(X), jnp.asarray(y)
     checks.shape("gbnn", X=(X, "N D"), y=(y, "N" if y.ndim == 1 else "N K"))
     checks.dtype("gbnn", "floating", X=X, y=y)
+    checks.value("gbnn", "X", X.size > 0, "have a row and a column", X.shape, error=checks.ShapeError)
     arguments.typed_key("gbnn", key)
     _check_labels(loss, y)
     rules = LOSSES[loss] if isinstance(loss, str) else loss
@@ -213,7 +214,8 @@ def gbnn_layer(
       `(W [d, J], b [J], v [J, K], c [K])`.
 
     Raises:
-      ShapeError, DtypeError: arguments that do not fit each other; a `key` that is not typed.
+      ShapeError, DtypeError: arguments that do not fit each other, or not floating-point; a `key` that is not typed.
+      ValueError: no units.
 
     Cost: a few gradients each step.
 
@@ -227,7 +229,12 @@ def gbnn_layer(
       True
     """
     arguments.typed_key("gbnn_layer", key)
+    checks.arrays("gbnn_layer", X=X, r=r)
     checks.shape("gbnn_layer", X=(X, "N D"), r=(r, "N K"))
+    checks.dtype("gbnn_layer", "floating", X=X, r=r)
+    checks.value("gbnn_layer", "units", units >= 1, "be at least 1", units)
+    wide = accumulator(jnp.result_type(X, r))
+    X, r = jnp.asarray(X, wide), jnp.asarray(r, wide)
     scale = jnp.sqrt(jnp.mean(jnp.square(r)))
     scale = jnp.where(scale == 0, 1, scale)
     target, n, d = r / scale, *X.shape

@@ -260,6 +260,7 @@ def check_code(function: str, argument: str, n: int, s: int, kind: str, key: Any
     checks.choice(function, "kind", kind, codes.KINDS)
     if key is not None:
         arguments.typed_key(function, key)
+        checks.value(function, "key", not checks.traced(key), "be concrete", "a traced key", "Make codes outside jit.")
     wanted = f"lead to groups of workers that divide {n} for kind='fractional'"
     ok = kind != "fractional" or n % (s + 1) == 0
     checks.value(function, argument, ok, wanted, f"groups of {s + 1}", "Take kind='cyclic'.")

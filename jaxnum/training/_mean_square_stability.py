@@ -154,7 +154,9 @@ def rows(function: str, jacobian: PyTree) -> jax.Array:
         words = "have a first axis of examples" + (f" of {first[0]}" if first else "")
         checks.value(function, name, fits, words, f"shape {shape}", remedy, ShapeError)
     flat = [jnp.reshape(leaf, (len(leaf), -1)) for _, leaf in leaves]
-    return jnp.concatenate([x.astype(accumulator(x.dtype)) for x in flat], axis=1)
+    matrix = jnp.concatenate([x.astype(accumulator(x.dtype)) for x in flat], axis=1)
+    checks.value(function, "jacobian", matrix.shape[1] > 0, "have at least one parameter", "none", error=ShapeError)
+    return matrix
 
 
 def _second(m: _Moments, S: jax.Array) -> jax.Array:

@@ -186,6 +186,8 @@ def _check(function: str, key: jax.Array, dimension: int, size: int, kind: str, 
     arguments.typed_key(function, key)
     checks.choice(function, "kind", kind, KINDS)
     checks.choice(function, "memory", memory, MEMORY)
+    ok = isinstance(size, int) and not isinstance(size, bool) and size >= 1
+    checks.value(function, "size", ok, "be a Python int of at least 1", size)
     whole = isinstance(dimension, int) and not isinstance(dimension, bool)
     wanted = f"be a Python int from 1 to {size}, the number of parameters"
     checks.value(function, "dimension", whole and 1 <= dimension <= size, wanted, dimension)
@@ -220,7 +222,7 @@ def _draw(P: Projection) -> Any:
 
 def _column(P: Projection, key: jax.Array, index: jax.Array) -> jax.Array:
     column = jax.random.normal(jax.random.fold_in(key, index), (P.size,), P.dtype)
-    return column / jnp.linalg.norm(column)
+    return column / jnp.linalg.norm(column.astype(accumulator(P.dtype))).astype(P.dtype)
 
 
 def _entries(P: Projection) -> int:
@@ -247,8 +249,9 @@ def _applied(P: Projection, theta: jax.Array) -> jax.Array:
     length = _padded(P)
     mixed = fwht(jnp.pad(theta * signs, (0, length - P.dimension)), normalize=True)
     moved = mixed.at[order].get(unique_indices=True, mode="promise_in_bounds")
-    scale = length / jnp.sqrt(P.size * jnp.sum(jnp.square(normal)))
-    return scale * fwht(normal * moved, normalize=True)[: P.size]
+    # Sums of squares leave the range of float16.
+    scale = length / jnp.sqrt(P.size * jnp.sum(jnp.square(normal.astype(accumulator(P.dtype)))))
+    return scale.astype(P.dtype) * fwht(normal * moved, normalize=True)[: P.size]
 
 
 def _by_columns(P: Projection, theta: jax.Array) -> jax.Array:

@@ -229,8 +229,9 @@ def sgd_stability_monitor(
 
     def init(params: PyTree) -> SgdStabilityState:
         arguments.parameters(name, params)
-        nan = jnp.full([], jnp.nan, _dtype(params))
-        report = SgdStability(*[nan] * 8, status=jnp.int32(Status.max_steps))
+        # One array each: a donated state must not hold the same one twice.
+        nans = [jnp.full([], jnp.nan, _dtype(params)) for _ in range(8)]
+        report = SgdStability(*nans, status=jnp.int32(Status.max_steps))
         return SgdStabilityState(jnp.int32(0), jnp.int32(-1), report)
 
     def update(

@@ -85,6 +85,7 @@ def slq_learning_rate(
         floor = 8 * float(jnp.finfo(nodes.dtype).eps) * jnp.sqrt(density.size)
     # Not `weights > 0`: NaN is to show.
     largest = jnp.max(jnp.where(weights <= 0, -jnp.inf, nodes))
+    largest = jnp.where(largest <= 0, jnp.nan, largest)
     counts = (nodes > floor * largest) & (weights > min_weight)
     # Where nothing else counts, the largest.
     smallest = jnp.minimum(jnp.min(jnp.where(counts, nodes, jnp.inf)), largest)

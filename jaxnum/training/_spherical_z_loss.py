@@ -63,9 +63,8 @@ def spherical_z_loss(
     logits = logits.astype(accumulator(logits.dtype))
     mean = jnp.mean(logits, axis=-1)
     variance = jnp.mean(jnp.square(logits - mean[..., None]), axis=-1)
-    # What is negative would be counted from the end.
-    inside = jnp.where(labels < 0, sizes["D"], labels)
-    chosen = jnp.take_along_axis(logits, inside[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
+    outside = labels_outside(jnp.asarray(labels), sizes["D"])
+    chosen = jnp.take_along_axis(logits, outside[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
     return _loss("spherical_z_loss", chosen, mean, variance, a, b)
 
 
@@ -115,6 +114,13 @@ def spherical_z_loss_from_statistics(
     checks.shape(function, chosen=(chosen, "*B"), mean=(mean, "*B"), variance=(variance, "*B"))
     wide = accumulator(chosen.dtype)
     return _loss(function, chosen.astype(wide), mean.astype(wide), variance.astype(wide), a, b)
+
+
+def labels_outside(labels: jax.Array, classes: int) -> jax.Array:
+    """Labels with the negative ones, which would be counted from the end, sent beyond the last class."""
+    # A short dtype need not hold the number of classes.
+    wide = labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels
+    return jnp.where(wide < 0, classes, wide)
 
 
 def _loss(

@@ -82,7 +82,7 @@ def sso(
     Numerics: the surrogate in at least float32. A d that is inf or NaN makes surrogate and parameters NaN, and no early
     exit hides it; a line search of optax may stand still instead, and `loss` and `surrogate` show it.
 
-    Derivatives: forward mode; the inner loop has no reverse mode.
+    Derivatives: forward mode, through `target_grad_fn` too; the inner loop has no reverse mode.
 
     Source: J. W. Lavington, S. Vaswani, R. Babanezhad, M. Schmidt, N. Le Roux, "Target-based Surrogates for Stochastic
     Optimization", 2023, arXiv 2302.02607, algorithm 1. In its released code η is 1 / (2 η) of ours.
@@ -184,12 +184,10 @@ def sso_surrogate(outputs: PyTree, z: PyTree, dz: PyTree, eta: float | jax.Array
         checks.value("sso_surrogate", "eta", eta > 0, "be greater than 0", eta)
     remedy = "Pass outputs of one model on one batch."
     checks.same_tree("sso_surrogate", ("outputs", outputs), dtypes=True, remedy=remedy, z=z, dz=dz)
-    return _surrogate(outputs, z, dz, eta)
+    return _surrogate(outputs, *jax.lax.stop_gradient((z, dz)), eta)
 
 
 def _surrogate(outputs: PyTree, z: PyTree, dz: PyTree, eta: Any) -> jax.Array:
-    z, dz = jax.lax.stop_gradient((z, dz))
-
     def leaf(new: jax.Array, old: jax.Array, slope: jax.Array) -> jax.Array:
         wide = accumulator(jnp.result_type(new))
         moved = jnp.asarray(new, wide) - jnp.asarray(old, wide)

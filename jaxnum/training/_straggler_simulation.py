@@ -131,6 +131,7 @@ def straggler_simulation_times(
     """
     name = "straggler_simulation_times"
     arguments.typed_key(name, key)
+    checks.value(name, "key", not checks.traced(key), "be concrete", "a traced key", "Simulate outside jit.")
     rounds, n = integers(name, dict(rounds=(rounds, 1, 2**31), workers=(workers, 1, 2**16)))
     for argument, got in dict(enter=enter, leave=leave).items():
         checks.value(name, argument, 0 <= got <= 1, "be in [0, 1]", got)

@@ -110,3 +110,11 @@ def test_failure_is_not_missed():
     assert int(found.status[0]) == Status.max_steps
     with pytest.raises(ValueError, match="sinkhorn_divergence: `y` must have a point"):
         sinkhorn_divergence(x, y[:0], 0.01)
+
+
+def test_whole_numbers_are_weights_and_tau_is_a_scalar():
+    x, y, a = jnp.array([[0.0], [1.0]]), jnp.array([[2.0], [4.0]]), jnp.array([1, 2])
+    whole, real = (sinkhorn_divergence(x, y, 0.5, a=w, b=w, tau=0.5).value for w in (a, a.astype(x.dtype)))
+    assert whole == real
+    with pytest.raises(ValueError, match="sinkhorn_divergence: `tau` must be a scalar"):
+        sinkhorn_divergence(x, y, 0.5, tau=jnp.array([0.5, 0.6]))

@@ -1,5 +1,6 @@
 """Eigenvalues of spiked random matrices, drawn."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,3 +50,9 @@ def test_nan_shows_and_bad_arguments_are_named():
             batch_eigenvalue(*arguments)
     with pytest.raises(ValueError, match="`num_examples` must be at least `batch_size`; got 4"):
         batch_eigenvalue(1.0, 1.0, 8, num_examples=4)
+
+
+def test_no_noise_has_a_derivative_and_short_floats_keep_their_range():
+    assert jax.grad(lambda noise: batch_eigenvalue(2.0, noise, 16).value)(0.0) == 1 / 32
+    overlap = batch_eigenvalue(jnp.float16(300.0), jnp.float16(6e4), 1).overlap
+    np.testing.assert_allclose(overlap, 1 / 3, atol=2e-3)

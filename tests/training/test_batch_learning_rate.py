@@ -47,3 +47,11 @@ def test_bad_arguments_are_named():
         rescale_batch_learning_rate(0.1, 1, 0)
     with pytest.raises(ValueError, match="^batch_learning_rate: `batch_size` must be at least 1; got 0.5"):
         batch_learning_rate(1.0, 1.0, 0.5)
+
+
+def test_squares_of_the_eigenvalue_may_leave_the_range():
+    np.testing.assert_allclose(batch_learning_rate(jnp.array([1e25, 1e-25]), 0.0, 1), [2e-25, 2e25], rtol=1e-5)
+    np.testing.assert_allclose(batch_learning_rate(jnp.float16(300.0), 0.0, 1), 2 / 300, rtol=2e-3)
+    slope = jax.grad(batch_learning_rate)
+    assert slope(2.0, 0.0, 1) == -0.5
+    assert np.isfinite(slope(0.0, 4.0, 1))

@@ -206,3 +206,14 @@ STATE, H, C = factored_output(jnp.eye(5, 3)), jnp.ones((2, 3)), jnp.array([0, 1]
 def test_bad_arguments_are_named(call, error, sentence):
     with pytest.raises(error, match=f"^{sentence}"):
         call()
+
+
+def test_labels_too_short_for_the_classes_keep_their_sign(key):
+    state = factored_output(jax.random.normal(key, (300, 4)))
+    labels = jnp.array([-1, 3], jnp.int8)
+    assert np.isnan(jax.jit(factored_output_step)(state, jnp.ones((2, 4)), labels, 0.1)[1])
+
+
+def test_no_examples_are_named(key):
+    with pytest.raises(ShapeError, match="`h` must have at least one row"):
+        factored_output_step(factored_output(jnp.eye(4)), jnp.ones((0, 4)), jnp.zeros(0, int), 0.1)

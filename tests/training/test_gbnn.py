@@ -139,3 +139,14 @@ def test_bad_input_is_named(key):
     model = gbnn(X, y, key, 4, units_per_step=2, fit=features)
     with pytest.raises(ValueError, match="^gbnn_predict: `num_units` must be a multiple of 2 from 0 to 4; got 3"):
         gbnn_predict(model, X, 3)
+
+
+def test_nothing_to_fit_is_named(key):
+    with pytest.raises(ShapeError, match="gbnn: `X` must have a row and a column"):
+        gbnn(jnp.zeros((0, 3)), jnp.zeros(0), key, 2)
+    with pytest.raises(ShapeError, match="gbnn: `X` must have a row and a column"):
+        gbnn(jnp.zeros((3, 0)), jnp.zeros(3), key, 2)
+    with pytest.raises(ValueError, match="gbnn_layer: `units` must be at least 1"):
+        gbnn_layer(key, jnp.zeros((3, 1)), jnp.zeros((3, 1)), 0)
+    with pytest.raises(DtypeError, match="gbnn_layer: `X` must have a floating-point dtype"):
+        gbnn_layer(key, jnp.ones((3, 1), int), jnp.zeros((3, 1)), 1)

@@ -137,3 +137,8 @@ def test_bad_arguments_are_named():
     singular = code._replace(matrix=np.diag([1, 1, 1, 1e-17]))
     with pytest.raises(ValueError, match="^gradient_coding_vector: `code` must be well conditioned"):
         gradient_coding_vector(singular, np.ones(4, bool))
+
+
+def test_a_traced_key_is_named(key):
+    with pytest.raises(ValueError, match="gradient_coding: `key` must be concrete"):
+        jax.jit(lambda key: gradient_coding(4, 1, key=key).matrix)(key)

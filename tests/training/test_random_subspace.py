@@ -133,3 +133,15 @@ def test_bad_input_is_named(key):
         subspace.params(jnp.zeros(3))
     with pytest.raises(TreeError, match="^Subspace.adjoint: `gradient` must"):
         subspace.adjoint({"w": ones})
+
+
+@pytest.mark.parametrize("kind", ["dense", "fastfood"])
+def test_norms_of_long_columns_fit_in_float16(kind, key):
+    P = random_subspace_projection(key, 2, 70_000, kind=kind, dtype=jnp.float16)
+    column = P.apply(jnp.array([0.0, 1.0])).astype(jnp.float32)
+    np.testing.assert_allclose(jnp.linalg.norm(column), 1, atol=0.02)
+
+
+def test_a_size_that_is_no_integer_is_named(key):
+    with pytest.raises(ValueError, match="`size` must be a Python int of at least 1; got 10.0"):
+        random_subspace_projection(key, 3, 10.0)

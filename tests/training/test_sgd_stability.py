@@ -114,3 +114,15 @@ def test_bad_input(key):
         watch.update(jnp.zeros(1), watch.init(p), p, obj_fn=jnp.sum)
     with pytest.raises(DtypeError, match="^sgd_stability_monitor: `params` must have a floating"):
         watch.init(jnp.arange(3))
+
+
+def test_a_first_state_can_be_donated(key):
+    monitor = sgd_stability_monitor(2, key, 0.1, 1)
+    x = jnp.ones(2)
+    update = jax.jit(lambda x, state: monitor.update(x, state, x, obj_fn=lambda x: jnp.sum(x**2)), donate_argnums=1)
+    assert update(x, monitor.init(x))[1].count == 1
+
+
+def test_a_jacobian_without_parameters_is_named():
+    with pytest.raises(ShapeError, match="sgd_stability_exact: `jacobian` must have at least one parameter"):
+        sgd_stability_exact(jnp.zeros((3, 0)), learning_rate=0.1, batch_size=1)

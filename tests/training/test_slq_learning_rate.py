@@ -67,3 +67,8 @@ def test_nothing_is_absorbed_and_bad_arguments_are_named():
         slq_learning_rate(rule, safety=0.9)
     with pytest.raises(ValueError, match=r"^slq_learning_rate: `floor` must be in \[0, 1\); got 1"):
         slq_learning_rate(rule, floor=1)
+
+
+def test_a_hessian_of_zeros_has_no_rate():
+    density = SpectralDensity(jnp.zeros((1, 3)), jnp.full((1, 3), 1 / 3), jnp.float32(3))
+    assert np.isnan(slq_learning_rate(density).learning_rate)

@@ -81,3 +81,7 @@ def test_bad_arguments_are_named(call, error, sentence):
         call()
     with pytest.raises(ShapeError, match=r"^spherical_z_loss_from_statistics: `mean` must have shape \(3,\)"):
         spherical_z_loss_from_statistics(O[0], O[0, :1], O[0])
+
+
+def test_labels_too_short_for_the_classes_keep_their_sign():
+    assert np.isnan(jax.jit(spherical_z_loss)(jnp.arange(300.0), jnp.int8(-1)))

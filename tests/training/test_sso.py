@@ -201,3 +201,16 @@ def test_bad_arguments_are_named():
         sso_surrogate(x, x, x, 0.0)
     with pytest.raises(ShapeError, match="^sso_surrogate: `dz` must have shape"):
         sso_surrogate(x, x, x[:1], 1.0)
+
+
+def test_forward_derivatives_are_those_of_the_whole_step(x64):
+    features, _, loss = logistic(n=20, d=3)
+    init, step = sso(optax.sgd(0.1), 4, 10.0)
+
+    @jax.jit
+    def moved(t):
+        params = jnp.full(3, t)
+        return step(params, init(params), lambda w: features @ w, jax.value_and_grad(loss))[0]
+
+    slope = jax.jvp(moved, (0.3,), (1.0,))[1]
+    np.testing.assert_allclose(slope, (moved(0.3 + 1e-5) - moved(0.3 - 1e-5)) / 2e-5, rtol=1e-8)

@@ -136,3 +136,8 @@ def test_bad_arguments_are_named():
             straggler_simulation_times(key, 2, 3, 0.1, **wrong)
     with pytest.raises(DtypeError, match="^straggler_simulation_times: `key`"):
         straggler_simulation_times(jnp.zeros(2, jnp.uint32), 2, 3, 0.1)
+
+
+def test_a_traced_key_is_named(key):
+    with pytest.raises(ValueError, match="straggler_simulation_times: `key` must be concrete"):
+        jax.jit(lambda key: straggler_simulation_times(key, 3, 2, 0.1))(key)

@@ -102,6 +102,10 @@ def sinkhorn_divergence(
     for argument, cloud in (("x", x), ("y", y)):
         checks.value(name, argument, cloud.shape[0] > 0, "have a point", cloud.shape)
     a, b = (jnp.full(p.shape[0], 1 / p.shape[0], p.dtype) if w is None else w for p, w in ((x, a), (y, b)))
+    checks.arrays(name, a=a, b=b)
+    # A power of whole numbers would take tau for one.
+    a, b = (w.astype(x.dtype) if jnp.issubdtype(w.dtype, jnp.integer) else w for w in (a, b))
+    checks.value(name, "tau", jnp.ndim(tau) == 0, "be a scalar", f"shape {jnp.shape(tau)}", error=checks.ShapeError)
     if not checks.traced(tau):
         checks.value(name, "tau", 0 < float(tau) <= 1, "be in (0, 1]", tau)
     solver = sinkhorn() if solver is None else solver
