@@ -285,11 +285,10 @@ def _reference(x: jax.Array, g: jax.Array, eye: jax.Array, gamma: Any) -> jax.Ar
 
 def _along(x: jax.Array, g: jax.Array, eye: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """X, X g and gᵀ X g, of I where the last is negative: no update makes such a factor positive definite again."""
-    v = jnp.matmul(x, g, precision=jax.lax.Precision.HIGHEST)
-    curvature = jnp.vdot(g, v, precision=jax.lax.Precision.HIGHEST)
-    spoilt = curvature < 0
-    square = jnp.vdot(g, g, precision=jax.lax.Precision.HIGHEST)
-    return jnp.where(spoilt, eye, x), jnp.where(spoilt, g, v), jnp.where(spoilt, square, curvature)
+    product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    x = jnp.where(product(g, product(x, g)) < 0, eye, x)
+    v = product(x, g)
+    return x, v, product(g, v)
 
 
 _UPDATES = {"exact": _exact, "reference": _reference}
