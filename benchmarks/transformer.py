@@ -23,7 +23,9 @@ PyTree = Any
 # From the path of a layer, its input [..., d_in] and its output [..., d_out] to that output.
 Tap = Callable[[str, jax.Array, jax.Array], jax.Array]
 
-VALIDATION_EVERY = 10
+EVERY = 10
+# Which of so many files, in the order of names, choose the rates and which judge what was chosen.
+VALIDATION, TEST = 9, 4
 _LEFT_OUT = {"__pycache__", "dist-packages", "idle_test", "lib2to3", "site-packages", "test", "tests"}
 
 
@@ -38,16 +40,17 @@ class Size(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """Bytes to learn and bytes to judge by, from different files."""
+    """Bytes to learn, to choose and to judge by, from different files."""
 
     training: np.ndarray  # [n] uint8
     validation: np.ndarray  # [m] uint8
+    test: np.ndarray  # [k] uint8
     files: int
-    digest: str  # of both, so that two records say whether they read the same
+    digest: str  # of all, so that two records say whether they read the same
 
 
 def corpus(folder: Path | None = None) -> Corpus:
-    """The source of the standard library, without its tests: every tenth file in the order of names is kept to judge.
+    """The source of the standard library, without its tests: of every ten files one chooses and one judges.
 
     The digest changes with the version of Python, and bits a byte of different digests must not be compared.
     """
@@ -55,16 +58,16 @@ def corpus(folder: Path | None = None) -> Corpus:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
     kept = [name for name in names if not _LEFT_OUT & set(name.split("/"))]
     texts = [(folder / name).read_bytes() for name in kept]
-    judged = texts[VALIDATION_EVERY - 1 :: VALIDATION_EVERY]
-    learned = [text for index, text in enumerate(texts) if index % VALIDATION_EVERY != VALIDATION_EVERY - 1]
-    parts = [np.frombuffer(b"\n".join(part), np.uint8) for part in (learned, judged)]
-    digest = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:12]
-    return Corpus(*parts, files=len(kept), digest=digest)
+    learned = [text for index, text in enumerate(texts) if index % EVERY not in (VALIDATION, TEST)]
+    parts = learned, texts[VALIDATION::EVERY], texts[TEST::EVERY]
+    joined = [np.frombuffer(b"\n".join(part), np.uint8) for part in parts]
+    digest = hashlib.sha256(b"".join(part.tobytes() for part in joined)).hexdigest()[:12]
+    return Corpus(*joined, files=len(kept), digest=digest)
 
 
-def batch(text: np.ndarray, step: int, rows: int, context: int) -> np.ndarray:
-    """Windows [rows, context + 1] of a text at random places that depend on the step alone."""
-    starts = np.random.default_rng(step).integers(0, text.size - context, rows)
+def batch(text: np.ndarray, seed: int, step: int, rows: int, context: int) -> np.ndarray:
+    """Windows [rows, context + 1] of a text at random places that depend on seed and step alone."""
+    starts = np.random.default_rng((seed, step)).integers(0, text.size - context, rows)
     return text[starts[:, None] + np.arange(context + 1)].astype(np.int32)
 
 

@@ -14,7 +14,7 @@ import optax
 from benchmarks.registry import Params, Row, Target, register
 
 TOKENS, WIDTH, HEADS, LAYERS = 64, 32, 2, 2
-LENGTH, BATCH, STEPS, SEEDS = 32, 8, 500, 2
+LENGTH, BATCH, STEPS, SEEDS = 32, 8, 500, 5
 LOW, HIGH, POINTS = 10**-3.5, 10**-0.5, 7
 # (layer norm of queries and keys, log Z penalty, independent decay)
 CASES = {

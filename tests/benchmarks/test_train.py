@@ -11,7 +11,7 @@ import pytest
 from benchmarks import records, report, train, transformer
 
 TINY = transformer.Size(width=8, layers=1, heads=2, context=8)
-PLAN = train.Plan(steps=4, rows=2, judged=4, repeated=2, size=TINY)
+PLAN = train.Plan(steps=4, seeds=2, rows=2, judged=4, repeated=2, size=TINY)
 
 
 @pytest.fixture
@@ -25,21 +25,23 @@ def library(tmp_path):
     return tmp_path
 
 
-def test_no_file_is_both_learned_from_and_judged_by(library):
+def test_files_that_teach_that_choose_and_that_judge_are_different(library):
     text = transformer.corpus(library)
-    learned, judged = (set(part.tobytes()) - {10} for part in (text.training, text.validation))
-    assert judged == {97 + 9, 97 + 19}
-    assert learned == set(range(97, 117)) - judged
+    learned, chosen_by, judged = (set(part.tobytes()) - {10} for part in (text.training, text.validation, text.test))
+    assert chosen_by == {97 + 9, 97 + 19}
+    assert judged == {97 + 4, 97 + 14}
+    assert learned == set(range(97, 117)) - chosen_by - judged
     assert text.files == 20
-    (library / "m19.py").write_bytes(b"z")
+    (library / "m14.py").write_bytes(b"z")
     assert transformer.corpus(library).digest != text.digest
 
 
-def test_batches_depend_on_the_step_alone():
+def test_batches_depend_on_seed_and_step_alone():
     text = np.arange(200, dtype=np.uint8)
-    first, again, next_one = (transformer.batch(text, step, 3, 8) for step in (5, 5, 6))
+    places = ((0, 5), (0, 5), (0, 6), (1, 5))
+    first, again, *others = (transformer.batch(text, seed, step, 3, 8) for seed, step in places)
     np.testing.assert_array_equal(first, again)
-    assert (first != next_one).any()
+    assert all((first != other).any() for other in others)
     np.testing.assert_array_equal(np.diff(first, axis=1), np.ones((3, 8)))
     np.testing.assert_array_equal(transformer.windows(text, 2, 8)[:, [0, -1]], [[0, 8], [191, 199]])
 
@@ -101,7 +103,14 @@ def test_train_then_report(tmp_path, library, monkeypatch):
     assert train.main(["--results", str(results / train.TRAINING), "--rounds", "1"]) == 0
     (record,) = records.read(results / train.TRAINING)
     losses = dict(record["bits_at"])
-    assert record["bits"] == min(loss for loss in losses.values() if loss == loss) == losses[record["rate"]]
+    assert min(loss for loss in losses.values() if loss == loss) == losses[record["rate"]]
+    step = train.make_step("adamw", PLAN)
+    for seed, bits in enumerate(record["bits_of_seeds"]):
+        start = train.start("adamw", PLAN, seed)
+        (params, _), _ = train.train(step, start, range(4), record["rate"], PLAN, text.training, seed)
+        assert bits == train.bits_per_byte(params, PLAN, text.test)
+    assert record["bits"] == np.mean(record["bits_of_seeds"])
+    assert len(set(record["bits_of_seeds"])) == PLAN.seeds
     assert record["state_bytes"] == 4  # the count of the schedule
     assert record["step_s"] > 0
     assert record["step_over_adamw"] == 1.0
@@ -111,11 +120,14 @@ def test_train_then_report(tmp_path, library, monkeypatch):
     assert (name, rate, plan) == ("adamw", record["rate"], PLAN)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(carry))  # what donation cannot reach
     assert record["repeated"] is False  # for zeros are not what followed
-    records.append(results / train.TRAINING, [record | {"optimiser": "toy", "repeated": True, "bits": 1.0}])
+    seeds = [bits + gap for bits, gap in zip(record["bits_of_seeds"], (-0.2, -0.4), strict=True)]
+    toy = {"optimiser": "toy", "repeated": True, "bits": 1.0, "bits_of_seeds": seeds}
+    records.append(results / train.TRAINING, [record | toy])
     report.main(results, tmp_path / "report.md")
     written = (tmp_path / "report.md").read_text().partition("## Training")[2]
     assert written.index("| toy | **1.000** |") < written.index("| adamw | **")
     assert written.count("**another**") == 1
+    assert written.count("| -0.300 (0.100) |") == 1
     assert written.count(f"4 steps of 16 bytes of {text.digest}") == 2
 
 
