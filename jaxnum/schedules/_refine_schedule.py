@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import warnings
 
@@ -38,10 +39,11 @@ def refine_schedule(
 
     Args:
       norms: [T] non-negative norms, one a step, of gradients before any clipping, from a finished run at the same batch
-        size: Euclidean norms with p = 2 for SGD, sums of absolute values with p = 1 for Adam. Non-finite ones are left
-        out. Concrete, not traced: the schedule is made on the host.
+        size: Euclidean norms with p = 2 for SGD, sums of absolute values with p = 1 for Adam. Non-finite ones at the
+        end are steps that were not taken, and are cut off; others are interpolated from their neighbours. Concrete, not
+        traced: the schedule is made on the host.
       peak: largest rate, > 0: tune it as any other.
-      total_steps: steps of the next run; None takes T. The values are interpolated linearly.
+      total_steps: steps of the next run; None takes T. The values are interpolated linearly and scaled again.
       p: power of the norms, > 0.
       smoothing: share of the run over which norms are smoothed, in (0, 1).
       method: "median": a running median, the paper's; "ewma": exponentially weighted means, forwards and backwards and
@@ -68,11 +70,15 @@ def refine_schedule(
       ['0.0097', '0.0361', '0.1000', '0.0556', '0.0111', '0.0000', '0.0000']
     """
     values = refine_schedule_values(norms, p=p, smoothing=smoothing, method=method, name="refine_schedule")
+    whole = total_steps is None or (hasattr(total_steps, "__index__") and not checks.traced(total_steps))
+    checks.value("refine_schedule", "total_steps", whole, "be an integer", total_steps)
     total = values.size if total_steps is None else operator.index(total_steps)
     checks.value("refine_schedule", "total_steps", total >= 2, "be at least 2", total_steps)
-    if isinstance(peak, int | float):
-        checks.value("refine_schedule", "peak", peak > 0, "be greater than 0", peak)
-    table = np.interp(np.linspace(0, values.size - 1, total), np.arange(values.size), values).astype(np.float32)
+    if not checks.traced(peak):
+        checks.value("refine_schedule", "peak", float(peak) > 0, "be greater than 0", peak)
+    table = np.interp(np.linspace(0, values.size - 1, total), np.arange(values.size), values)
+    # Fewer steps than norms may pass over the largest value.
+    table = (table / table.max()).astype(np.float32)
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         return peak * jnp.asarray(table)[jnp.clip(jnp.asarray(count), 0, total - 1)]
@@ -98,7 +104,7 @@ def refine_schedule_values(
       name: first word of the error sentences.
 
     Returns:
-      [T] float64, maximum 1, last value 0; T without the non-finite norms.
+      [T] float64, maximum 1, last value 0; T up to the last finite norm.
 
     Raises:
       ValueError: as there.
@@ -113,19 +119,23 @@ def refine_schedule_values(
     """
     checks.choice(name, "method", method, ("median", "ewma", "none"))
     checks.value(name, "p", p > 0, "be greater than 0", p)
+    checks.value(name, "p", math.isfinite(p), "be finite", p)
     checks.value(name, "smoothing", 0 < smoothing < 1, "be in (0, 1)", smoothing)
-    checks.value(name, "norms", not checks.traced(norms), "be concrete", "a tracer", "Call it outside jax.jit.")
+    traced = any(map(checks.traced, jax.tree.leaves(norms)))
+    checks.value(name, "norms", not traced, "be concrete", "a tracer", "Call it outside jax.jit.")
     given = np.asarray(norms, np.float64)
     checks.value(name, "norms", given.ndim == 1, "be a vector [T]", f"shape {given.shape}")
     finite = given[np.isfinite(given)]
     checks.value(name, "norms", finite.size >= 2, "have at least 2 finite entries", finite.size)
     checks.value(name, "norms", finite.min() >= 0 and finite.max() > 0, "be non-negative, not all 0", finite.min())
-    smooth = _smoothed(finite, smoothing, method)
+    known = np.flatnonzero(np.isfinite(given))
+    smooth = _smoothed(np.interp(np.arange(known[-1] + 1), known, finite), smoothing, method)
     least = _FLOOR * np.median(finite[finite > 0])
     if (smooth < least).any():
         message = f"{name}: norms below {least:.3g}, a thousandth of the median, count as that."
         warnings.warn(message, RuntimeWarning, stacklevel=3)
-    weights = np.maximum(smooth, least) ** -float(p)
+    used = np.maximum(smooth, least)
+    weights = (used.min() / used) ** float(p)
     later = np.append(np.cumsum(weights[:0:-1])[::-1], 0.0)
     values = weights * later
     return values / values.max()

@@ -22,6 +22,9 @@ _SHAPES: dict[str, Callable[[jax.Array, float], jax.Array]] = {
     "cosine": lambda u, r: r + (1 - r) * (1 + jnp.cos(jnp.pi * u)) / 2,
 }
 
+# Sums of two fit 32 bits.
+_MOST = 2**30
+
 
 class Cycles(NamedTuple):
     """A rise, a stable phase and a decay, several times over; int32 arrays with one entry a cycle."""
@@ -138,7 +141,7 @@ def wsd_s(
       ['0.50', '1.00', '1.00', '1.00', '1.00', '0.18', '0.10']
     """
     warmup, again = _steps("wsd_s", dict(warmup_steps=warmup_steps, rewarmup_steps=rewarmup_steps))
-    ends = [operator.index(end) for end in endpoints]
+    ends = _steps("wsd_s", {f"endpoints[{i}]": end for i, end in enumerate(endpoints)})
     starts = [0, *ends[:-1]]
     rises = [warmup] + [again] * (len(ends) - 1)
     increasing = bool(ends) and all(a < b for a, b in zip(starts, ends, strict=True))
@@ -193,6 +196,7 @@ def _steps(function: str, numbers: Mapping[str, Any]) -> list[int]:
     for name, got in numbers.items():
         whole = hasattr(got, "__index__") and not checks.traced(got)
         checks.value(function, name, whole and operator.index(got) >= 0, "be an integer of at least 0", got)
+        checks.value(function, name, operator.index(got) < _MOST, "be below 2^30", got)
     return [operator.index(got) for got in numbers.values()]
 
 
@@ -205,12 +209,14 @@ def _schedule(
 ) -> optax.Schedule:
     checks.choice(function, "decay", decay, tuple(_SHAPES))
     least = "greater than 0 and at most 1" if decay in ("inverse", "exponential") else "in [0, 1]"
+    remedy = "It shapes the schedule: give a number."
+    checks.value(function, "end_ratio", not checks.traced(end_ratio), "be concrete", "a tracer", remedy)
     inside = 0 <= end_ratio <= 1 and (end_ratio > 0 or "greater" not in least)
     checks.value(function, "end_ratio", inside, f"be {least} for decay={decay!r}", end_ratio)
-    for name, got, above in (("peak", peak, 0), ("init_value", init_value, None)):
-        if isinstance(got, int | float):
-            ok, wanted = (got > 0, "be greater than 0") if above == 0 else (got >= 0, "be at least 0")
-            checks.value(function, name, ok, wanted, got)
+    if not checks.traced(peak):
+        checks.value(function, "peak", float(peak) > 0, "be greater than 0", peak)
+    if not checks.traced(init_value):
+        checks.value(function, "init_value", float(init_value) >= 0, "be at least 0", init_value)
     shape = _SHAPES[decay]
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:

@@ -78,7 +78,9 @@ def obs_prune(
     checks.shape("obs_prune", weights=(weights, "D"), gradients=(gradients, "M D"))
     checks.dtype("obs_prune", "floating", weights=weights, gradients=gradients)
     size = weights.shape[0]
-    if isinstance(count, int):
+    if not checks.traced(count):
+        whole = jnp.ndim(count) == 0 and float(count).is_integer()
+        checks.value("obs_prune", "count", whole, "be an integer", count)
         checks.value("obs_prune", "count", 0 <= count <= size, f"be in 0 to {size}", count)
     if isinstance(damping, int | float):
         checks.value("obs_prune", "damping", damping > 0, "be greater than 0", damping)

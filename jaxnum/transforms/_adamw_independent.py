@@ -76,9 +76,10 @@ def adamw_independent(
     check_numbers(name, "be at least 0", lambda x: x >= 0, {"peak": peak, "eps": eps})
     if max_grad_norm is not None:
         check_numbers(name, "be greater than 0", lambda x: x > 0, {"max_grad_norm": max_grad_norm})
+    _strict.mask(name, weight_decay_mask)
     share = schedule or (lambda count: jnp.ones([]))
     chain = optax.chain(
-        optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm),
+        optax.identity() if max_grad_norm is None else moments.clip_by_norm(max_grad_norm),
         optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype),
         optax.scale_by_learning_rate(lambda count: peak * share(count)),
         # After the rate, where updates point downhill already.

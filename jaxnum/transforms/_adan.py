@@ -88,8 +88,11 @@ def adan(
 
     Numerics: the change d_k is a difference of nearly equal numbers: it and the moments are formed in `moment_dtype`
     and at least float32, whatever the gradient's dtype; the update has the parameters' dtype. 1 - b^k is computed
-    without cancellation. A gradient that is inf or NaN makes that coordinate NaN at this step and after;
+    without cancellation. A gradient that is inf or NaN, or too large for its square (1e19 in float32), makes that
+    coordinate NaN at this step and after, and with `max_grad_norm` one that is inf or NaN makes all NaN;
     `optax.apply_if_finite` skips such steps. With eps = eps_root = 0 a coordinate whose gradients are all 0 is NaN.
+    Under `optax.inject_hyperparams` name a mask that is a function in `static_args`, and with float16 parameters give
+    a float32 `hyperparam_dtype`, or eps becomes 0.
 
     Source: X. Xie, P. Zhou, H. Li, Z. Lin, S. Yan, "Adan: Adaptive Nesterov Momentum Algorithm for Faster Optimizing
     Deep Models", 2022, arXiv 2208.06677, Algorithm 1; bias corrections, and eps outside the root, of its released code.
@@ -112,14 +115,15 @@ def adan(
     )
     if max_grad_norm is not None:
         check_numbers("adan", "be greater than 0", lambda x: x > 0, dict(max_grad_norm=max_grad_norm))
-    clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
+    _strict.mask("adan", weight_decay_mask)
+    clip = optax.identity() if max_grad_norm is None else moments.clip_by_norm(max_grad_norm)
     scaled = _scale_by_adan("adan", b1, b2, b3, eps, eps_root, moment_dtype)
     if decay == "proximal":
         last = _proximal_decay(learning_rate, weight_decay, weight_decay_mask)
     else:
         decayed = optax.add_decayed_weights(weight_decay, weight_decay_mask)
         last = optax.chain(decayed, optax.scale_by_learning_rate(learning_rate))
-    return optax.chain(clip, scaled, last)
+    return _strict.in_dtypes_of_params(optax.chain(clip, scaled, last))
 
 
 def scale_by_adan(
@@ -206,6 +210,7 @@ def _scale_by_adan(
             m_, v_ = moments.average(b1, m, gradient), moments.average(b2, v, change)
             n_ = moments.average(b3, n, jnp.square(gradient + b2 * change))
             step = (m_ / c1 + b2 * (v_ / c2)) / (jnp.sqrt(n_ / c3 + eps_root) + eps)
+            step = jnp.where(jnp.isinf(n_), jnp.nan, step)
             return step.astype(g.dtype), m_.astype(m.dtype), v_.astype(v.dtype), n_.astype(n.dtype)
 
         leaves, tree = jax.tree.flatten(updates)

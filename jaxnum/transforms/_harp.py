@@ -12,6 +12,7 @@ import optax
 
 from jaxnum.core.precision import accumulator
 from jaxnum.curvature import arguments
+from jaxnum.curvature.products import hessian_vector
 from jaxnum.transforms import _strict
 from jaxnum.transforms.moments import check_numbers, norm_or_one
 from kernels_pallas import checks
@@ -60,10 +61,13 @@ def harp(
       TreeError, ShapeError, DtypeError: updates or products that do not match real floating-point `params`; a `key`
         that is not typed.
 
-    Cost: a Hessian product, about two gradients, and two passes. Memory: previous parameters and the momentum.
+    Cost: a Hessian product, about two gradients (in reverse mode where `obj_fn` has no forward mode), and two passes.
+    Memory: previous parameters and the momentum.
 
     Numerics: d in at least float32. The norm is that of the whole tree; where it is 0 the step is 0. A non-finite
-    gradient makes everything NaN at this step and after; `optax.apply_if_finite` skips such steps.
+    gradient or product (but for that of the first step, which is with 0 and not used) makes everything NaN at this step
+    and after, or its coordinate where normalize is False; `optax.apply_if_finite` skips steps by the gradient alone.
+    Inside `optax.masked` `obj_fn` is given `optax.MaskedNode` for the parameters left out.
 
     Source: I. Fatkhullin, A. Barakat, A. Kireeva, N. He, "Stochastic Policy Gradient Methods: Improved Sample
     Complexity for Fisher-non-degenerate Policies", 2023, arXiv 2302.01734, algorithm (N)-HARPG.
@@ -82,7 +86,7 @@ def harp(
     """
     check_numbers("harp", "be at least 0", lambda x: x >= 0, dict(learning_rate=learning_rate))
     momentum = _scale_by_harp("harp", key, eta_power, normalize)
-    return optax.chain(momentum, optax.scale_by_learning_rate(learning_rate))
+    return _strict.in_dtypes_of_params(optax.chain(momentum, optax.scale_by_learning_rate(learning_rate)))
 
 
 def scale_by_harp(
@@ -124,26 +128,24 @@ def _scale_by_harp(
         given = obj_fn is not None or hvp_fn is not None
         remedy = "Call update(updates, state, params, obj_fn=loss)."
         checks.value(function, "obj_fn", given, "be given, or hvp_fn", None, remedy)
-        product_of = partial(_product, obj_fn) if hvp_fn is None else hvp_fn
+        if hvp_fn is None:
+            hvp_fn = partial(hessian_vector, function, "obj_fn", obj_fn, mode="auto")
         q = jax.random.uniform(jax.random.fold_in(key, state.count))
         between = jax.tree.map(lambda p, old: (q * p + (1 - q) * old).astype(p.dtype), params, state.previous)
         change = jax.tree.map(jnp.subtract, params, state.previous)
-        product = product_of(between, change)
+        product = hvp_fn(between, change)
         checks.same_tree(function, ("params", params), dtypes=False, remedy="", **{"hvp_fn(...)": product})
         eta = (2 / (jnp.asarray(state.count, float) + 2)) ** eta_power
 
         def leaf(d: jax.Array, v: jax.Array, g: jax.Array) -> jax.Array:
-            return ((1 - eta) * (d + v.astype(d.dtype)) + eta * g.astype(d.dtype)).astype(d.dtype)
+            # Nothing has moved before the first step, whatever a product with 0 may be.
+            old = jnp.where(state.count == 0, 0, d + v.astype(d.dtype))
+            return ((1 - eta) * old + eta * g.astype(d.dtype)).astype(d.dtype)
 
         d = jax.tree.map(leaf, state.d, product, updates)
-        scale = 1 / norm_or_one(d) if normalize else 1.0
-        moved = jax.tree.map(lambda d, g: (scale * d).astype(g.dtype), d, updates)
+        norm = norm_or_one(d) if normalize else 1.0
+        moved = jax.tree.map(lambda d, g: (d / norm).astype(g.dtype), d, updates)
         return moved, HarpState(jnp.asarray(optax.safe_increment(state.count)), params, d)
 
     # optax types every state as any tree.
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
-
-
-def _product(obj_fn: Any, point: PyTree, vector: PyTree) -> PyTree:
-    """The Hessian of obj_fn at a point, times a vector."""
-    return jax.jvp(jax.grad(obj_fn), (point,), (vector,))[1]

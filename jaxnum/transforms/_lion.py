@@ -37,7 +37,7 @@ def lion(
       b2: decay of the momentum, in [0, 1); 0.98 for language models.
       weight_decay: λ >= 0; three to ten times AdamW's.
       weight_decay_mask: tree of bools, prefix of `params`, or a function that makes it from `params`; decay only
-        where True.
+        where True. Name it in `static_args` under `optax.inject_hyperparams`, which takes a function for a schedule.
       mode: "hard" is the method. "smooth" takes tanh(smooth_beta c) instead of the sign, and can be differentiated
         through; "refined" takes c itself where |c| < 1. Both are optax's.
       smooth_beta: > 0, see there.
@@ -73,12 +73,13 @@ def lion(
     check_numbers("lion", "be greater than 0", lambda x: x > 0, {"smooth_beta": smooth_beta})
     least = {"learning_rate": learning_rate, "weight_decay": weight_decay}
     check_numbers("lion", "be at least 0", lambda x: x >= 0, least)
+    _strict.mask("lion", weight_decay_mask)
     chain = optax.chain(
         optax.scale_by_lion(b1, b2, mu_dtype, mode=mode, smooth_beta=smooth_beta),  # pyright: ignore[reportArgumentType]
         optax.add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return _strict.strict(chain, name="lion")
+    return _strict.strict(_strict.in_dtypes_of_params(chain), name="lion")
 
 
 def lion_from_adamw(learning_rate: float, weight_decay: float, *, ratio: float = 10.0) -> dict[str, float]:

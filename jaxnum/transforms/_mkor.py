@@ -71,7 +71,7 @@ def mkor(
     Args:
       learning_rate: at least 0, a number or a schedule.
       layers: dict of `MkorLayer`, or a function that makes it from params; see `mkor_layers`. Leave out embeddings and
-        output layers of large vocabularies.
+        output layers of large vocabularies. Name it in `static_args` under `optax.inject_hyperparams`.
       inner: transformation that takes the place of momentum, such as `optax.scale_by_adam()`; None is momentum.
       momentum: in [0, 1), m <- momentum m + D. Not read where `inner` is given.
       weight_decay: at least 0, λ of -learning_rate (step + λ θ).
@@ -139,12 +139,13 @@ def mkor(
     if inner is not None:
         _strict.transformation("mkor", "inner", inner)
     numbers = dict(gamma=gamma, zeta=zeta, norm_limit=norm_limit, clip_value=clip_value)
-    return optax.chain(
+    chain = optax.chain(
         _scale_by_mkor("mkor", layers, variant, stats_every, warmup_steps, numbers, factor_dtype),
         _momentum(momentum) if inner is None else inner,
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
+    return _strict.in_dtypes_of_params(chain)
 
 
 def scale_by_mkor(

@@ -92,8 +92,8 @@ def n_igt(
         eta, following = ((2 / (jnp.asarray(t, float) + 2)) ** eta_power for t in (state.count, state.count + 1))
         ahead = (1 - following) / following
         d = jax.tree.map(lambda d, g: ((1 - eta) * d + eta * g.astype(d.dtype)).astype(d.dtype), state.d, updates)
-        step = rate / norm_or_one(d)
-        x = jax.tree.map(lambda x, d: (x - rate * weight_decay * x - step * d).astype(x.dtype), state.x, d)
+        norm = norm_or_one(d)
+        x = jax.tree.map(lambda x, d: (x - rate * weight_decay * x - rate * (d / norm)).astype(x.dtype), state.x, d)
         moved = jax.tree.map(lambda new, old, p: (new + ahead * (new - old) - p).astype(p.dtype), x, state.x, params)
         return moved, NIgtState(jnp.asarray(optax.safe_increment(state.count)), x, d)
 
@@ -105,7 +105,8 @@ def n_igt_params(state: PyTree, params: PyTree) -> PyTree:
     """The iterate x of `n_igt`, where a model is evaluated and what a checkpoint should keep.
 
     Args:
-      state: an `NIgtState`, or the state of an optimiser that holds one, chained or injected.
+      state: an `NIgtState`, or the state of an optimiser that holds one, chained or injected, and steps all of
+        `params`: not masked, nor one of several groups.
       params: the parameters of the training loop, for their dtypes.
 
     Returns:

@@ -41,7 +41,7 @@ def normalized_gd(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransf
 
     Raises:
       ValueError: learning_rate below 0; at update, `params` or `margins` is missing.
-      ShapeError: at update, `margins` has not one axis.
+      ShapeError: at update, `margins` has not one axis, or no entry.
       DtypeError: at update, `margins` are not floating-point.
       TreeError, ShapeError, DtypeError: updates that do not match real floating-point `params`.
 
@@ -50,8 +50,9 @@ def normalized_gd(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransf
     Numerics: β is formed as exp of a log-sum-exp of log p_i, in float32 at least. Where all margins are above 87
     (float32) every p_i underflows, the gradient is 0 or as good as, and so is the step: the data are separated. A
     gradient that lost digits to that underflow before is not repaired: `separate` in `jaxnum.training` forms the
-    weights without a division and does not. Margins that are inf or NaN, like such gradients, make the step NaN (+inf
-    is a p_i of 0). Stop on the margins, not on the loss: a larger γ separates sooner at a larger loss.
+    weights without a division and does not. A margin of +inf is a p_i of 0 and one of -inf a p_i of 1; a NaN makes the
+    step NaN, and gradients that are not finite stay so. Stop on the margins, not on the loss: a larger γ separates
+    sooner at a larger loss.
 
     Source: A. Tyurin, "From Logistic Regression to the Perceptron Algorithm: Exploring Gradient Descent with Large Step
     Sizes", AAAI 2025, arXiv 2412.08424. The bound for finite γ is ours: while a point is misclassified the p_i sum to
@@ -71,7 +72,8 @@ def normalized_gd(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransf
       True
     """
     check_numbers("normalized_gd", "be at least 0", lambda x: x >= 0, dict(learning_rate=learning_rate))
-    return optax.chain(_scale("normalized_gd"), optax.scale_by_learning_rate(learning_rate))
+    chain = optax.chain(_scale("normalized_gd"), optax.scale_by_learning_rate(learning_rate))
+    return _strict.in_dtypes_of_params(chain)
 
 
 def scale_by_normalized_gd() -> optax.GradientTransformationExtraArgs:
@@ -100,6 +102,10 @@ def _scale(function: str) -> optax.GradientTransformationExtraArgs:
         checks.value(function, "margins", margins is not None, "be given", margins, remedy)
         checks.shape(function, remedy="One margin an example.", margins=(margins, "N"))
         checks.dtype(function, "floating", margins=margins)
+        some = jnp.size(margins) > 0
+        checks.value(
+            function, "margins", some, "have an entry", f"shape {jnp.shape(margins)}", remedy, checks.ShapeError
+        )
         z = jnp.asarray(margins)
         z = z.astype(accumulator(z.dtype))
         mass = jnp.exp(jax.nn.logsumexp(jax.nn.log_sigmoid(-z))) / z.size

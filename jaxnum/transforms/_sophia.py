@@ -96,7 +96,7 @@ def sophia(
     parameters' dtype. Nothing non-finite is clipped into a plausible step: where the momentum or the
     curvature of a coordinate is inf or NaN its update is NaN, at that step and after. `optax.apply_if_finite`
     skips bad gradients. With float16 parameters give `optax.inject_hyperparams` a float32 `hyperparam_dtype`,
-    or eps becomes 0.
+    or eps becomes 0, and name a mask that is a function in its `static_args`.
 
     Source: H. Liu, Z. Li, D. Hall, P. Liang, T. Ma, "Sophia: A Scalable Stochastic Second-order Optimizer for
     Language Model Pre-training", 2023, arXiv 2305.14342, Algorithm 3. `order="after", bias_correct_mu=True,
@@ -125,11 +125,13 @@ def sophia(
     scaled = _scale_by_sophia(
         "sophia", hessian_fn, b1, b2, gamma, eps, clip, update_interval, order, bias_correct_mu, moment_dtype
     )
-    return optax.chain(
+    _strict.mask("sophia", weight_decay_mask)
+    chain = optax.chain(
         scaled,
         optax.add_decayed_weights(weight_decay, weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+    return _strict.in_dtypes_of_params(chain)
 
 
 def scale_by_sophia(

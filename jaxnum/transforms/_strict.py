@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from kernels_pallas import checks
@@ -60,6 +61,28 @@ def strict(inner: optax.GradientTransformation, *, name: str = "strict") -> opta
         return inner.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def in_dtypes_of_params(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The same with updates in the parameters' dtypes, which a rate or a decay that is a float32 array may widen."""
+    inner = optax.with_extra_args_support(inner)
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, PyTree]:
+        moved, state = inner.update(updates, state, params, **extra_args)
+        return jax.tree.map(lambda u, p: u.astype(jnp.result_type(p)), moved, params), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def mask(function: str, got: Any) -> None:
+    """Check that a mask of weight decay is no array: `optax.inject_hyperparams` takes a function for a schedule.
+
+    Raises:
+      TypeError: for one, as its decay would be dropped without a word.
+    """
+    argument, wanted = "weight_decay_mask", "be a tree of bools or a function"
+    remedy = "Under optax.inject_hyperparams name `weight_decay_mask` in static_args."
+    checks.value(function, argument, not isinstance(got, jax.Array), wanted, type(got).__name__, remedy, TypeError)
 
 
 def transformation(function: str, argument: str, got: Any) -> None:

@@ -8,20 +8,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
+from jaxnum.core import trees
 from jaxnum.core.precision import accumulator
 from kernels_pallas import checks
 
 
 def check_numbers(function: str, wanted: str, inside: Callable[[float], bool], numbers: Mapping[str, Any]) -> None:
-    """Check hyperparameters that are Python numbers; arrays may be traced, and functions are schedules.
+    """Check hyperparameters that are single numbers and not traced; functions are schedules.
 
     Raises:
       ValueError: naming the first that is not `inside`.
     """
     for name, got in numbers.items():
-        if isinstance(got, int | float):
-            checks.value(function, name, inside(got), wanted, got)
+        if got is not None and not callable(got) and not checks.traced(got) and jnp.size(got) == 1:
+            checks.value(function, name, bool(inside(np.asarray(got).item())), wanted, got)
 
 
 def average(decay: Any, old: jax.Array, new: jax.Array) -> jax.Array:
@@ -40,9 +43,28 @@ def one_minus_power(decay: Any, count: jax.Array) -> jax.Array:
 
 
 def norm_or_one(tree: Any) -> jax.Array:
-    """Euclidean norm of a whole tree, and 1 where it is 0: a divisor."""
-    norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
-    return jnp.where(norm == 0, 1.0, norm)
+    """Euclidean norm of a whole tree as a divisor: 1 where it is 0, and NaN, not what makes all else 0, where inf."""
+    norm = trees.safe_norm(tree)
+    return jnp.where(norm == 0, 1.0, jnp.where(jnp.isinf(norm), jnp.nan, norm))
+
+
+def clip_by_norm(limit: Any) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm` whose norm does not overflow: there gradients of 1e20 become 0 without a word.
+
+    A norm that is inf or NaN makes everything NaN.
+    """
+
+    def clip(updates: Any, params: Any) -> Any:
+        del params
+        norm = norm_or_one(updates)
+
+        def leaf(u: jax.Array) -> jax.Array:
+            # The norm may be beyond the range of a smaller dtype.
+            return jnp.where(norm < limit, u, u.astype(accumulator(u.dtype)) / norm * limit).astype(u.dtype)
+
+        return jax.tree.map(leaf, updates)
+
+    return optax.stateless(clip)
 
 
 def states(tree: Any, kind: type) -> list[Any]:

@@ -139,5 +139,6 @@ def test_bad_arguments_are_named():
         ValueError, match=r"need at most max_bytes = 17,179,869,184 bytes; got 1024, whose gradients of "
     ):
         scale_by_mfac().init(large)
-    with pytest.raises(ValueError, match=r"10,000,000 numbers need 20,480,000,000 bytes\. Keep fewer gradients"):
+    needed = r"10,000,000 numbers and their inner products need 20,484,194,304 bytes\. Keep fewer gradients"
+    with pytest.raises(ValueError, match=needed):
         scale_by_mfac(window_dtype="bfloat16").init(large)
