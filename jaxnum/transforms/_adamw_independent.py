@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxnum.transforms import _strict
+from jaxnum.transforms import _strict, moments
 from jaxnum.transforms.moments import check_numbers
 
 PyTree = Any
@@ -56,7 +56,7 @@ def adamw_independent(
     Cost: as `optax.adamw`.
 
     Numerics: as `optax.adamw`, whose squares take the parameters' dtype: keep parameters in float32. A non-finite
-    gradient makes the norm, and with `max_grad_norm` every coordinate, non-finite at this step and after;
+    gradient makes every coordinate NaN with `max_grad_norm`, its own without, at this step and after;
     `optax.apply_if_finite` skips such steps.
 
     Source: M. Wortsman, P. J. Liu, L. Xiao et al., "Small-scale proxies for large-scale Transformer training
@@ -76,7 +76,6 @@ def adamw_independent(
     check_numbers(name, "be at least 0", lambda x: x >= 0, {"peak": peak, "eps": eps})
     if max_grad_norm is not None:
         check_numbers(name, "be greater than 0", lambda x: x > 0, {"max_grad_norm": max_grad_norm})
-    _strict.mask(name, weight_decay_mask)
     share = schedule or (lambda count: jnp.ones([]))
     chain = optax.chain(
         optax.identity() if max_grad_norm is None else moments.clip_by_norm(max_grad_norm),

@@ -115,7 +115,6 @@ def adan(
     )
     if max_grad_norm is not None:
         check_numbers("adan", "be greater than 0", lambda x: x > 0, dict(max_grad_norm=max_grad_norm))
-    _strict.mask("adan", weight_decay_mask)
     clip = optax.identity() if max_grad_norm is None else moments.clip_by_norm(max_grad_norm)
     scaled = _scale_by_adan("adan", b1, b2, b3, eps, eps_root, moment_dtype)
     if decay == "proximal":

@@ -129,6 +129,7 @@ def _scale_by_harp(
         remedy = "Call update(updates, state, params, obj_fn=loss)."
         checks.value(function, "obj_fn", given, "be given, or hvp_fn", None, remedy)
         if hvp_fn is None:
+            assert obj_fn is not None
             hvp_fn = partial(hessian_vector, function, "obj_fn", obj_fn, mode="auto")
         q = jax.random.uniform(jax.random.fold_in(key, state.count))
         between = jax.tree.map(lambda p, old: (q * p + (1 - q) * old).astype(p.dtype), params, state.previous)

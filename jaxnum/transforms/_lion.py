@@ -73,7 +73,6 @@ def lion(
     check_numbers("lion", "be greater than 0", lambda x: x > 0, {"smooth_beta": smooth_beta})
     least = {"learning_rate": learning_rate, "weight_decay": weight_decay}
     check_numbers("lion", "be at least 0", lambda x: x >= 0, least)
-    _strict.mask("lion", weight_decay_mask)
     chain = optax.chain(
         optax.scale_by_lion(b1, b2, mu_dtype, mode=mode, smooth_beta=smooth_beta),  # pyright: ignore[reportArgumentType]
         optax.add_decayed_weights(weight_decay, weight_decay_mask),

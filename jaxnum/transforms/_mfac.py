@@ -120,7 +120,6 @@ def mfac(
     check_numbers(
         "mfac", "be at least 0", lambda x: x >= 0, dict(learning_rate=learning_rate, weight_decay=weight_decay)
     )
-    _strict.mask("mfac", weight_decay_mask)
     chain = optax.chain(
         _coupled_decay("mfac", weight_decay, weight_decay_mask),
         _scale_by_mfac("mfac", window, damping, momentum, warm_window, window_dtype, max_bytes),

@@ -182,6 +182,9 @@ def _scale_by_mkor(
     factor_dtype: Any,
 ) -> optax.GradientTransformationExtraArgs:
     checks.choice(function, "variant", variant, tuple(_UPDATES))
+    # What a function finds depends on the parameters, which may have no layers.
+    some = callable(layers) or not isinstance(layers, Mapping) or len(layers) > 0
+    checks.value(function, "layers", some, "have a layer", "an empty dict", "Make it with mkor_layers.")
     check_numbers(function, "be at least 1", lambda x: x >= 1, dict(stats_every=stats_every))
     check_numbers(function, "be at least 0", lambda x: x >= 0, dict(warmup_steps=warmup_steps))
     check_numbers(function, "be in (0, 1)", lambda x: 0 < x < 1, dict(gamma=numbers["gamma"]))

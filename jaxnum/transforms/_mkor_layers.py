@@ -101,7 +101,6 @@ def find(function: str, layers: Layers, params: PyTree) -> dict[str, Found]:
 
     Raises:
       TypeError: `layers` is no dict of MkorLayer.
-      ValueError: it is empty.
       TreeError: a path that no leaf has, or one leaf in two places.
       ShapeError: a weight with fewer than two axes, or a bias that does not fit it.
     """
@@ -116,7 +115,6 @@ def find(function: str, layers: Layers, params: PyTree) -> dict[str, Found]:
         remedy,
         TypeError,
     )
-    checks.value(function, "layers", bool(given), "have a layer", "an empty dict", remedy)
     shapes = _shapes(params)
     places = {path: i for i, path in enumerate(shapes)}
     found, taken = {}, set()

@@ -102,11 +102,8 @@ def _scale(function: str) -> optax.GradientTransformationExtraArgs:
         checks.value(function, "margins", margins is not None, "be given", margins, remedy)
         checks.shape(function, remedy="One margin an example.", margins=(margins, "N"))
         checks.dtype(function, "floating", margins=margins)
-        some = jnp.size(margins) > 0
-        checks.value(
-            function, "margins", some, "have an entry", f"shape {jnp.shape(margins)}", remedy, checks.ShapeError
-        )
         z = jnp.asarray(margins)
+        checks.value(function, "margins", z.size > 0, "have an entry", f"shape {z.shape}", remedy, checks.ShapeError)
         z = z.astype(accumulator(z.dtype))
         mass = jnp.exp(jax.nn.logsumexp(jax.nn.log_sigmoid(-z))) / z.size
         # All probabilities underflow together with the gradient, and 1 / mass would overflow; what is not finite must

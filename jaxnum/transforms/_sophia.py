@@ -125,7 +125,6 @@ def sophia(
     scaled = _scale_by_sophia(
         "sophia", hessian_fn, b1, b2, gamma, eps, clip, update_interval, order, bias_correct_mu, moment_dtype
     )
-    _strict.mask("sophia", weight_decay_mask)
     chain = optax.chain(
         scaled,
         optax.add_decayed_weights(weight_decay, weight_decay_mask),

@@ -74,17 +74,6 @@ def in_dtypes_of_params(inner: optax.GradientTransformation) -> optax.GradientTr
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def mask(function: str, got: Any) -> None:
-    """Check that a mask of weight decay is no array: `optax.inject_hyperparams` takes a function for a schedule.
-
-    Raises:
-      TypeError: for one, as its decay would be dropped without a word.
-    """
-    argument, wanted = "weight_decay_mask", "be a tree of bools or a function"
-    remedy = "Under optax.inject_hyperparams name `weight_decay_mask` in static_args."
-    checks.value(function, argument, not isinstance(got, jax.Array), wanted, type(got).__name__, remedy, TypeError)
-
-
 def transformation(function: str, argument: str, got: Any) -> None:
     """Check that an argument is an optax transformation.
 

@@ -18,6 +18,7 @@ from jaxnum.transforms import (
     lion,
     mfac,
     mkor,
+    mkor_hybrid,
     mu_param,
     n_igt,
     normalized_gd,
@@ -82,6 +83,11 @@ def fitted_mkor(learning_rate, momentum):
     return optax.GradientTransformationExtraArgs(optimiser.init, update)
 
 
+def switching_sgd(learning_rate, momentum):
+    """A loss that never falls switches after two windows, from one momentum to another that begins anew."""
+    return mkor_hybrid(optax.sgd(learning_rate, momentum), optax.sgd(learning_rate, momentum), window=20)
+
+
 def short_mfac(learning_rate, damping, weight_decay):
     """The length of the window is a shape: no hyperparameter to inject."""
     return mfac(learning_rate, window=4, damping=damping, momentum=0.5, weight_decay=weight_decay, warm_window=True)
@@ -100,7 +106,7 @@ def sophia_member(name, estimator, extra):
 
 TRANSFORMS = [
     sophia_member("sophia_h", hutchinson, lambda loss, residuals: {"obj_fn": loss}),
-    TransformMember("mu_param_sgd", mu_param_sgd, {"learning_rate": 0.0005, "momentum": 0.99}),
+    TransformMember("mu_param_sgd", mu_param_sgd, {"learning_rate": 0.0005, "momentum": 0.99}, array_rates=False),
     TransformMember(
         "mkor",
         fitted_mkor,
@@ -109,6 +115,19 @@ TRANSFORMS = [
     ),
     TransformMember(
         "adan", adan, {"learning_rate": 0.02, "b1": 0.9, "weight_decay": 1e-3}, optax_hyper={"learning_rate": 0.1}
+    ),
+    TransformMember(
+        "adan_decoupled",
+        adan,
+        {"learning_rate": 0.02, "b1": 0.9, "weight_decay": 1e-3},
+        {"decay": "decoupled", "max_grad_norm": 1e4},
+        optax_hyper={"learning_rate": 0.1},
+    ),
+    TransformMember(
+        "mkor_hybrid",
+        switching_sgd,
+        {"learning_rate": 0.0005, "momentum": 0.99},
+        extra=lambda loss, residuals: {"value": jnp.float32(1.0)},
     ),
     TransformMember(
         "adamw_independent",
@@ -148,10 +167,12 @@ TRANSFORMS = [
         {"learning_rate": 0.00025, "momentum": 0.99},
         extra=lambda loss, residuals: {"margins": jnp.zeros(4)},
     ),
-    TransformMember("recorded_sgd", recorded_sgd, {"learning_rate": 0.0005, "momentum": 0.99}),
-    TransformMember("last_iterate_sgd", last_iterate_sgd, {"learning_rate": 0.0005, "momentum": 0.99}),
-    TransformMember("strict_adam", strict_adam, {"learning_rate": 0.05}),
-    TransformMember("strict_sgd", strict_sgd, {"learning_rate": 0.0005, "momentum": 0.99}),
+    TransformMember("recorded_sgd", recorded_sgd, {"learning_rate": 0.0005, "momentum": 0.99}, array_rates=False),
+    TransformMember(
+        "last_iterate_sgd", last_iterate_sgd, {"learning_rate": 0.0005, "momentum": 0.99}, array_rates=False
+    ),
+    TransformMember("strict_adam", strict_adam, {"learning_rate": 0.05}, array_rates=False),
+    TransformMember("strict_sgd", strict_sgd, {"learning_rate": 0.0005, "momentum": 0.99}, array_rates=False),
 ]
 GAUSSIAN = sophia_member(
     "sophia_g",

@@ -108,6 +108,10 @@ def test_vanishing_norms_are_held_with_a_warning():
         (lambda: refine_schedule([1.0, 2.0], smoothing=1.0), r"`smoothing` must be in \(0, 1\); got 1.0"),
         (lambda: refine_schedule([1.0, 2.0], method="mean"), "`method` must be one of 'median', 'ewma', 'none'"),
         (lambda: refine_schedule([1.0, 2.0], total_steps=1), "`total_steps` must be at least 2; got 1"),
+        (lambda: refine_schedule([1.0, 2.0], total_steps=10.0), "`total_steps` must be an integer; got 10.0"),
+        (lambda: refine_schedule([1.0, 2.0], p=np.inf), "`p` must be finite; got inf"),
+        (lambda: refine_schedule([1.0, 2.0], peak=np.float32(-1)), "`peak` must be greater than 0; got -1.0"),
+        (lambda: jax.jit(lambda n: refine_schedule([n, n])(0))(1.0), "`norms` must be concrete; got a tracer"),
         (lambda: refine_schedule([1.0, 2.0], peak=0.0), "`peak` must be greater than 0; got 0.0"),
         (lambda: jax.jit(lambda n: refine_schedule(n)(0))(jnp.ones(3)), "`norms` must be concrete; got a tracer"),
     ],
@@ -115,3 +119,24 @@ def test_vanishing_norms_are_held_with_a_warning():
 def test_bad_arguments_are_named(call, sentence):
     with pytest.raises(ValueError, match=f"^refine_schedule: {sentence}"):
         call()
+
+
+def test_fewer_steps_do_not_pass_over_the_peak():
+    norms = np.full(1001, 10.0)
+    norms[500] = 1.0
+    schedule = refine_schedule(norms, method="none", total_steps=100, peak=0.1)
+    assert max(float(schedule(step)) for step in range(100)) == np.float32(0.1)
+
+
+def test_steps_that_were_skipped_take_their_neighbours_norms_and_those_never_taken_are_cut():
+    norms = np.array([1.0, 2.0, np.nan, 4.0, np.inf, 2.0, np.nan, np.nan])
+    filled = np.array([1.0, 2.0, 3.0, 4.0, 3.0, 2.0])
+    got, want = (refine_schedule_values(x, method="none") for x in (norms, filled))
+    np.testing.assert_allclose(got, want, rtol=1e-14)
+
+
+@pytest.mark.parametrize("unit", [1e-160, 1e160])
+def test_the_unit_of_the_norms_is_nobody_s(unit):
+    norms = np.array([4.0, 2.0, 1.0, 3.0])
+    got, want = (refine_schedule_values(u * norms, method="none", p=3.0) for u in (unit, 1.0))
+    np.testing.assert_allclose(got, want, rtol=1e-13)

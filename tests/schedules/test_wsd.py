@@ -147,6 +147,9 @@ def test_variance_of_the_stable_phase():
         (lambda: wsd(1.0, 10, 5, 1, decay="cubic"), "wsd: `decay` must be one of 'inverse'"),
         (lambda: wsd_s(1.0, [10, 10], 0), "wsd_s: `endpoints` must be positive and increase; got .10, 10."),
         (lambda: wsd_s(1.0, [10], 10), "wsd_s: `endpoints` must leave room for a rise of 10 and a decay of 1"),
+        (lambda: wsd_s(1.0, [10.0, 20.0], 0), r"wsd_s: `endpoints\[0\]` must be an integer of at least 0; got 10.0"),
+        (lambda: wsd(1.0, 3_000_000_000, 0, 1), r"wsd: `total_steps` must be below 2\^30; got 3000000000"),
+        (lambda: jax.jit(lambda r: wsd(1.0, 9, 0, 1, end_ratio=r)(0))(0.5), "wsd: `end_ratio` must be concrete; got a"),
         (lambda: wsd_branch(1.0, -1, 3), "wsd_branch: `start_step` must be an integer of at least 0; got -1"),
     ],
 )

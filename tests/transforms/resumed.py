@@ -11,7 +11,19 @@ import orbax.checkpoint
 from benchmarks.training import mean_loss, mixture, network
 from jaxnum.curvature import gauss_newton_bartlett
 from jaxnum.schedules import wsd
-from jaxnum.transforms import adamw_independent, adan, harp, lion, n_igt, record_norms, sophia
+from jaxnum.transforms import (
+    adamw_independent,
+    adan,
+    harp,
+    lion,
+    mfac,
+    mkor,
+    mkor_layers,
+    mkor_stats,
+    n_igt,
+    record_norms,
+    sophia,
+)
 
 STEPS, HALF = 12, 6
 RATE = wsd(0.01, STEPS, 2, 5)
@@ -21,6 +33,8 @@ OPTIMISERS = {
     "adan": optax.chain(record_norms(STEPS), optax.clip_by_global_norm(1.0), adan(RATE, moment_dtype="bfloat16")),
     "harp": harp(RATE, jax.random.key(1)),
     "lion": optax.inject_hyperparams(lion)(RATE),
+    "mfac": mfac(RATE, window=4, damping=0.1, momentum=0.9, warm_window=True, window_dtype="bfloat16"),
+    "mkor": mkor(RATE, lambda params: mkor_layers(params, "w", "b"), inner=optax.scale_by_adam(), stats_every=4),
     "n_igt": n_igt(RATE),
     "sophia": optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1.0), SOPHIA), 2),
 }
@@ -34,11 +48,16 @@ def start():
     return {name: (params, optimiser.init(params)) for name, optimiser in OPTIMISERS.items()}, jax.random.key(2)
 
 
-def scores(params, inputs):
-    """What Sophia's estimator draws labels from."""
-    for layer in params[:-1]:
-        inputs = jax.numpy.tanh(inputs @ layer["w"] + layer["b"])
-    return inputs @ params[-1]["w"] + params[-1]["b"]
+def scores(params, inputs, tap=lambda name, x, s: s):
+    """What Sophia's estimator draws labels from, and MKOR's statistics are tapped in."""
+    for index, layer in enumerate(params[:-1]):
+        inputs = jax.numpy.tanh(tap(str(index), inputs, inputs @ layer["w"] + layer["b"]))
+    return tap(str(len(params) - 1), inputs, inputs @ params[-1]["w"] + params[-1]["b"])
+
+
+def tapped(params, inputs, labels, tap):
+    """The loss with taps."""
+    return optax.softmax_cross_entropy_with_integer_labels(scores(params, inputs, tap), labels).mean()
 
 
 @jax.jit
@@ -52,6 +71,9 @@ def step(carry):
     moved, losses = {}, {}
     for name, (params, state) in runs.items():
         losses[name], gradient = jax.value_and_grad(loss)(params)
+        if name == "mkor":
+            layers = mkor_layers(params, "w", "b")
+            extra["stats"] = mkor_stats(tapped, params, INPUTS[chosen], LABELS[chosen], layers=layers)[2]
         updates, state = OPTIMISERS[name].update(gradient, state, params, **extra)
         moved[name] = optax.apply_updates(params, updates), state
     return (moved, key), losses

@@ -43,3 +43,11 @@ def test_bad_arguments_are_named():
     for wrong in ({"b2": 1.0}, {"eps": -1.0}, {"weight_decay": 1.0}, {"max_grad_norm": 0.0}):
         with pytest.raises(ValueError, match=f"^adamw_independent: `{next(iter(wrong))}` must be "):
             adamw_independent(0.1, **wrong)
+
+
+def test_an_infinite_gradient_is_shown_in_every_coordinate_that_it_would_clip_to_nothing():
+    optimiser, x = adamw_independent(0.01), jnp.ones(2)
+    _, state = optimiser.update(jnp.ones(2), optimiser.init(x), x)
+    updates, state = optimiser.update(jnp.array([jnp.inf, 1.0]), state, x)
+    assert np.isnan(updates).all()
+    assert np.isnan(optimiser.update(x, state, x)[0]).all()

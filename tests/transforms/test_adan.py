@@ -107,3 +107,27 @@ def test_bad_arguments_are_named():
         adan_restart(optax.adam(0.1).init(jnp.ones(2)))
     with pytest.raises(DtypeError):
         adan(0.1).init(jnp.arange(3))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float16", 200.0), ("float32", 1e20)])
+def test_clipping_bears_norms_whose_squares_overflow(dtype, size):
+    optimiser, x = adan(0.01, max_grad_norm=1.0), jnp.ones(4, dtype)
+    updates, state = optimiser.update(jnp.full(4, size, dtype), optimiser.init(x), x)
+    np.testing.assert_allclose(updates, np.full(4, -0.01), rtol=2e-3)
+    np.testing.assert_allclose(state[1].previous, np.full(4, 0.5), rtol=2e-3)
+
+
+def test_what_overflows_is_shown_and_clipping_spreads_it():
+    x = jnp.ones(2)
+    for bad in (1e20, jnp.inf, jnp.nan):
+        updates, state = adan(0.01).update(jnp.array([bad, 1.0]), adan(0.01).init(x), x)
+        assert np.isnan(updates).tolist() == [True, False]
+        assert np.isnan(adan(0.01).update(x, state, x)[0]).tolist() == [True, False]
+    clipping = adan(0.01, max_grad_norm=1.0)
+    assert np.isnan(clipping.update(jnp.array([jnp.inf, 1.0]), clipping.init(x), x)[0]).all()
+
+
+def test_array_options_are_checked():
+    for wrong in ({"b1": jnp.float32(1.5)}, {"weight_decay": np.float32(-1)}, {"max_grad_norm": np.int64(0)}):
+        with pytest.raises(ValueError, match=f"^adan: `{next(iter(wrong))}` must be "):
+            adan(0.1, **wrong)

@@ -86,3 +86,39 @@ def test_what_is_missing_is_named():
         optimiser.update(x, optimiser.init(x), x, hvp_fn=lambda p, v: {"w": v})
     with pytest.raises(ValueError, match=r"^harp: `eta_power` must be in \(0, 1\]; got 2.0"):
         harp(0.1, jax.random.key(0), eta_power=2.0)
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+def test_steps_have_their_length_whatever_the_gradient(size):
+    optimiser, x = harp(0.1, jax.random.key(0)), jnp.zeros(3)
+    updates, _ = optimiser.update(jnp.array([size, 0.0, 0.0]), optimiser.init(x), x, obj_fn=jnp.sum)
+    np.testing.assert_allclose(updates, [-0.1, 0, 0], rtol=1e-6)
+
+
+def test_the_product_before_the_first_step_is_not_used():
+    optimiser, x = harp(0.1, jax.random.key(0)), jnp.array([0.0, 1.0])
+    loss = lambda x: jnp.sum(jnp.abs(x) ** 1.5)  # noqa: E731  # whose second derivative at 0 is none
+    updates, state = optimiser.update(jax.grad(loss)(x), optimiser.init(x), x, obj_fn=loss)
+    np.testing.assert_allclose(updates, [0, -0.1], rtol=1e-6)
+    assert jnp.isfinite(state[0].d).all()
+
+
+def test_a_loss_without_a_forward_mode_has_its_products_in_reverse():
+    @jax.custom_vjp
+    def cube(x):
+        return x**3
+
+    cube.defvjp(lambda x: (x**3, x), lambda x, g: (3 * x**2 * g,))
+    optimiser, x = harp(0.1, jax.random.key(0)), jnp.array([1.0, 2.0])
+
+    def two_steps(loss):
+        state, at = optimiser.init(x), x
+        for _ in range(2):
+            updates, state = optimiser.update(jax.grad(loss)(at), state, at, obj_fn=loss)
+            at = optax.apply_updates(at, updates)
+        return at
+
+    got, want = two_steps(lambda x: jnp.sum(cube(x))), two_steps(lambda x: jnp.sum(x**3))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"^harp: `obj_fn\(params\)` must be one real scalar"):
+        optimiser.update(x, optimiser.init(x), x, obj_fn=lambda x: x)

@@ -142,3 +142,8 @@ def test_bad_arguments_are_named():
     needed = r"10,000,000 numbers and their inner products need 20,484,194,304 bytes\. Keep fewer gradients"
     with pytest.raises(ValueError, match=needed):
         scale_by_mfac(window_dtype="bfloat16").init(large)
+
+
+def test_the_bytes_of_the_inner_products_count():
+    with pytest.raises(ValueError, match=r"inner products need 160,008,000,000 bytes"):
+        jax.eval_shape(scale_by_mfac(window=200_000).init, jnp.ones(10))

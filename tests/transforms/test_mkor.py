@@ -292,3 +292,10 @@ def test_norms_of_small_and_large_gradients(key, scale):
     tx = scale_by_mkor(LAYERS)
     (want, _), (got, _) = (once(tx, optax.tree.scale(s, grads), params, stats) for s in (1.0, scale))
     np.testing.assert_allclose(got["w"] / scale, want["w"], rtol=tolerance("float32", 20))
+
+
+def test_an_empty_dict_of_layers_is_refused():
+    with pytest.raises(
+        ValueError, match="^mkor: `layers` must have a layer; got an empty dict. Make it with mkor_layers"
+    ):
+        mkor(0.1, {})

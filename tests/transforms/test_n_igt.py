@@ -65,3 +65,16 @@ def test_bad_arguments_are_named():
             n_igt(0.1, **wrong)
     with pytest.raises(ValueError, match="^n_igt_params: `state` must hold one NIgtState; got 0"):
         n_igt_params(optax.adam(0.1).init(jnp.ones(2)), jnp.ones(2))
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e20, 1e37])
+def test_steps_have_their_length_whatever_the_gradient(size):
+    optimiser, y = n_igt(0.1), jnp.zeros(3)
+    _, state = optimiser.update(jnp.array([size, 0.0, 0.0]), optimiser.init(y), y)
+    np.testing.assert_allclose(n_igt_params(state, y), [-0.1, 0, 0], rtol=1e-6)
+
+
+def test_an_infinite_gradient_stops_no_coordinate_without_a_word():
+    optimiser, y = n_igt(0.1), jnp.zeros(2)
+    updates, _ = optimiser.update(jnp.array([jnp.inf, 1.0]), optimiser.init(y), y)
+    assert np.isnan(updates).all()

@@ -73,3 +73,12 @@ def test_bad_arguments_are_named():
         tx.update(x, tx.init(x), x, margins=jnp.ones((2, 1)))
     with pytest.raises(DtypeError, match="^normalized_gd: `margins` must have a floating-point"):
         tx.update(x, tx.init(x), x, margins=jnp.ones(2, bool))
+
+
+def test_infinite_margins_are_probabilities_of_0_and_1_and_none_is_refused():
+    optimiser, x = normalized_gd(1.0), jnp.ones(1)
+    for margin, beta in ((jnp.inf, 0.25), (-jnp.inf, 0.75)):
+        updates, _ = optimiser.update(x, optimiser.init(x), x, margins=jnp.array([margin, 0.0]))
+        np.testing.assert_allclose(updates, [-1 / beta], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"^normalized_gd: `margins` must have an entry; got shape \(0,\)"):
+        optimiser.update(x, optimiser.init(x), x, margins=jnp.ones(0))

@@ -56,3 +56,10 @@ def test_bad_arguments_are_named():
         record_norms(0)
     with pytest.raises(ValueError, match="^record_norms: `order` must be one of 1, 2; got 3"):
         record_norms(2, order=3)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_norms_whose_squares_vanish_or_overflow(size):
+    recorder = record_norms(1)
+    _, state = recorder.update({"a": jnp.float32(3 * size), "b": jnp.float32(4 * size)}, recorder.init(None))
+    np.testing.assert_allclose(state.norms, [5 * size], rtol=1e-6)
