@@ -125,7 +125,6 @@ EXEMPT = {
     "mkor_hybrid": "a step of one of its two methods, and a few numbers",
     "mkor_layers": "a walk over the paths of a tree, on the host",
     "mkor_stats": "figures in the row of mkor",
-    "lion": "optax's step, scaled",
     "lion_from_adamw": "two numbers",
     "gbnn_layer": "optax's L-BFGS on a small layer; the row of gbnn runs it",
     "intrinsic_dimension": "figures in the row of random_subspace",

@@ -66,7 +66,8 @@ def mkor(
 
     The formula that the paper prints has a plus for the minus, and is no inverse: factors exceed 1e50 in 200 updates.
     In the exact variant directions that are never seen grow as γ⁻ᵗ, which the limit is for. In the reference variant
-    eigenvalues stay in (0, 1] and the limit is never reached. Leaves in no layer go to momentum as they are.
+    eigenvalues stay in (0, 1], in float32 at least, and the limit is never reached. Leaves in no layer go to momentum
+    as they are.
 
     Args:
       learning_rate: at least 0, a number or a schedule.
@@ -101,8 +102,9 @@ def mkor(
     O(m² + n²) at an update. Memory: m² + n² for the factors, and the momentum. Data parallelism sends m + n numbers.
 
     Numerics: products and sums in at least float32, whatever `factor_dtype`; factors stay symmetric to the last bit.
-    gᵀ v is below 0 only where rounding has spoilt a factor, which then starts again from I: in "bfloat16" where |g|²
-    is several hundred, as in wide layers whose inputs have a large mean. Where a or g of a layer is not finite, the
+    In "bfloat16" rounding takes small eigenvalues of a factor below 0, by up to some 1e-3 of the largest, and a step may
+    point uphill. Where gᵀ v is below 0 the factor starts again from I: in "bfloat16" where |g|² is several hundred, as in
+    wide layers whose inputs have a large mean. Where a or g of a layer is not finite, the
     update of both its factors is left out and counted in the state's `skipped`. A gradient that is not finite makes the
     layer's whole step NaN, at this step and, by momentum, after; factors never see it. `optax.apply_if_finite` skips
     such steps.

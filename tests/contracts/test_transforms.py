@@ -285,6 +285,7 @@ def test_the_table_of_optax_is_whole():
     counts = (
         f"{len(transform.OPTAX_BODIES)} bodies of tests",
         f"{len(checks)} are checks here",
+        f"{len(TRANSFORMS) * len(checks)} rows in all",
         f"{without} does not apply",
     )
     assert all(words in transform.__doc__.replace("\n", " ") for words in counts)
