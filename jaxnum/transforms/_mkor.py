@@ -102,12 +102,11 @@ def mkor(
     O(m² + n²) at an update. Memory: m² + n² for the factors, and the momentum. Data parallelism sends m + n numbers.
 
     Numerics: products and sums in at least float32, whatever `factor_dtype`; factors stay symmetric to the last bit.
-    In "bfloat16" rounding takes small eigenvalues of a factor below 0, by up to some 1e-3 of the largest, and a step may
-    point uphill. Where gᵀ v is below 0 the factor starts again from I: in "bfloat16" where |g|² is several hundred, as in
-    wide layers whose inputs have a large mean. Where a or g of a layer is not finite, the
-    update of both its factors is left out and counted in the state's `skipped`. A gradient that is not finite makes the
-    layer's whole step NaN, at this step and, by momentum, after; factors never see it. `optax.apply_if_finite` skips
-    such steps.
+    In "bfloat16" rounding takes small eigenvalues of a factor below 0, by up to some 1e-3 of the largest, and a step
+    may point uphill. Where gᵀ v is below 0 the factor starts again from I: in "bfloat16" where |g|² is several hundred,
+    as in wide layers whose inputs have a large mean. Where a or g of a layer is not finite, the update of both its
+    factors is left out and counted in the state's `skipped`. A gradient that is not finite makes the layer's whole step
+    NaN, at this step and, by momentum, after; factors never see it. `optax.apply_if_finite` skips such steps.
 
     Source: M. Mozaffari, S. Li, Z. Zhang, M. M. Dehnavi, "MKOR: Momentum-Enabled Kronecker-Factor-Based Optimizer Using
     Rank-1 Updates", 2023, arXiv 2306.01685, Algorithm 1, with the inverse worked out again; "reference" is the update

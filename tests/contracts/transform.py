@@ -2,10 +2,10 @@
 
 optax 0.2.8 holds its own optimisers to 18 bodies of tests: 7 in `_src/alias_test.py`, 7 in `contrib/_common_test.py`,
 4 in `_src/sharding_test.py`. `OPTAX_BODIES` says what became of each: 17 are checks here, which every member passes as
-one row, 289 rows in all, and 1 does not apply. Where a row passes otherwise than optax's own, `OPTAX_EXCEPTIONS` says so. Targets, starts
-and tolerances are optax's, and 10,000 steps, where contrib takes 30,000; its four targets are trained side by side,
-which is harder for methods that take the norm of the whole tree. Members that take no complex parameters must refuse
-them in a sentence, where optax leaves such rows out.
+one row, 289 rows in all, and 1 does not apply. Where a row passes otherwise than optax's own, `OPTAX_EXCEPTIONS` says
+so. Targets, starts and tolerances are optax's, and 10,000 steps, where contrib takes 30,000; its four targets are
+trained side by side, which is harder for methods that take the norm of the whole tree. Members that take no complex
+parameters must refuse them in a sentence, where optax leaves such rows out.
 """
 
 import inspect
