@@ -200,7 +200,7 @@ def twin(change, keeps=None):
 
         return optax.GradientTransformationExtraArgs(init, update)
 
-    return TransformMember("twin", factory, {"learning_rate": 0.05})
+    return TransformMember("twin", factory, {"learning_rate": 0.05}, array_rates=False)
 
 
 def tree(f):
@@ -232,6 +232,7 @@ WRONG_TWINS = [
     (twin(tree(lambda u: -u)), transform.descends_rosenbrock),
     (twin(tree(lambda u: u.astype(jnp.float32))), transform.keeps_types),
     (twin(lambda u, s: (u, s.astype(jnp.float32))), transform.keeps_types),
+    (TransformMember("twin", optax.sgd, {"learning_rate": 0.05}), transform.keeps_types),
     (twin(lambda u, s: (u, s.astype(jnp.float32))), transform.traces_once),
     (twin(lambda u, s: (u, s.astype(jnp.float32))), transform.vmap_and_scan),
     (twin(tree(lambda u: u), lambda p: float(jnp.sum(p["w"]))), transform.abstract_init),
