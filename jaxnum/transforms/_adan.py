@@ -216,7 +216,8 @@ def _scale_by_adan(
         columns = (jax.tree.leaves(t) for t in (state.m, state.v, state.n, state.previous))
         moved = [leaf(*row) for row in zip(leaves, *columns, strict=True)]
         steps, m, v, n = (jax.tree.unflatten(tree, [row[i] for row in moved]) for i in range(4))
-        return steps, AdanState(count, m, v, n, updates)
+        previous = jax.tree.map(lambda g, v, n: moments.after(count, g, v + n), updates, v, n)
+        return steps, AdanState(count, m, v, n, previous)
 
     # optax types every state as any tree.
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]

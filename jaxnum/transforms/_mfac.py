@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -211,7 +212,7 @@ def _scale_by_mfac(
         # The new row apart, and the window written after all reads of it, or XLA copies the window before it writes.
         others, last = seen * weights.at[state.slot].set(0), seen * weights[state.slot]
         step = jax.tree.map(lambda kept, g: _combined(others, kept, last, g), state.window, row)
-        step, row = jax.lax.optimization_barrier((step, row))
+        row = jax.tree.map(partial(moments.after, state.count), row, step)
 
         def put(kept: jax.Array, new: jax.Array) -> jax.Array:
             old = jax.lax.dynamic_index_in_dim(kept, state.slot, keepdims=False)
@@ -221,7 +222,8 @@ def _scale_by_mfac(
         average = state.momentum
         if momentum is not None:
             step = jax.tree.map(lambda v, u: moments.average(momentum, v, u).astype(v.dtype), average, step)
-            average = trees.where(good, step, average)
+            # From here on the new average, so that the donated old one is read once.
+            step = average = trees.where(good, step, average)
         shown = jax.tree.map(lambda u, g: jnp.where(good, u, jnp.nan).astype(g.dtype), step, updates)
         slot = jnp.where(good, (state.slot + 1) % window, state.slot)
         count = jnp.where(good, count, state.count)

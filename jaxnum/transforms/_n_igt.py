@@ -88,13 +88,22 @@ def n_igt(
     def update(updates: PyTree, state: NIgtState, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, NIgtState]:
         del extra_args
         _strict.matching("n_igt", updates, params, "floating")
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate = jnp.asarray(learning_rate(state.count) if callable(learning_rate) else learning_rate)
         eta, following = ((2 / (jnp.asarray(t, float) + 2)) ** eta_power for t in (state.count, state.count + 1))
         ahead = (1 - following) / following
         d = jax.tree.map(lambda d, g: ((1 - eta) * d + eta * g.astype(d.dtype)).astype(d.dtype), state.d, updates)
         norm = norm_or_one(d)
-        x = jax.tree.map(lambda x, d: (x - rate * weight_decay * x - rate * (d / norm)).astype(x.dtype), state.x, d)
-        moved = jax.tree.map(lambda new, old, p: (new + ahead * (new - old) - p).astype(p.dtype), x, state.x, params)
+        shrunk = 0.0 if isinstance(weight_decay, int | float) and weight_decay == 0 else rate * weight_decay
+        x = jax.tree.map(lambda x, d: (x - shrunk * x - rate * (d / norm)).astype(x.dtype), state.x, d)
+
+        def transported(new: jax.Array, old: jax.Array, d: jax.Array, p: jax.Array) -> jax.Array:
+            # Not new - old, which has lost digits. Without decay the old iterate is not read: XLA would copy its
+            # donated buffer before the new one is put there.
+            change = -rate * (d / norm)
+            change = change if isinstance(shrunk, float) else change - shrunk * old
+            return (new + ahead * change - p).astype(p.dtype)
+
+        moved = jax.tree.map(transported, x, state.x, d, params)
         return moved, NIgtState(jnp.asarray(optax.safe_increment(state.count)), x, d)
 
     # optax types every state as any tree.

@@ -42,6 +42,15 @@ def one_minus_power(decay: Any, count: jax.Array) -> jax.Array:
     return -jnp.expm1(count * logarithm)
 
 
+def after(count: jax.Array, value: jax.Array, read: jax.Array) -> jax.Array:
+    """The value, which is put into a donated buffer only after `read`, of its shape, has been made from the old one.
+
+    Left to itself XLA writes first and copies the buffer before, which takes as long as a step or memory for a window.
+    The count is never below 0, but XLA does not know; an optimisation barrier is gone when copies are decided on.
+    """
+    return jnp.where(count >= 0, value, read.astype(value.dtype))
+
+
 def norm_or_one(tree: Any) -> jax.Array:
     """Euclidean norm of a whole tree as a divisor: 1 where it is 0, and NaN, not what makes all else 0, where inf."""
     norm = trees.safe_norm(tree)

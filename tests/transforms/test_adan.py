@@ -1,5 +1,7 @@
 """Adan: the released code's arithmetic, its two-step value by hand, and where optax differs."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,3 +133,13 @@ def test_array_options_are_checked():
     for wrong in ({"b1": jnp.float32(1.5)}, {"weight_decay": np.float32(-1)}, {"max_grad_norm": np.int64(0)}):
         with pytest.raises(ValueError, match=f"^adan: `{next(iter(wrong))}` must be "):
             adan(0.1, **wrong)
+
+
+def test_the_donated_gradient_of_the_step_before_is_not_copied():
+    def step(x, state, g):
+        updates, state = adan(0.1).update(g, state, x)
+        return optax.apply_updates(x, updates), state
+
+    x = jnp.ones((64, 64))
+    program = jax.jit(step, donate_argnums=(0, 1)).lower(x, adan(0.1).init(x), x).compile().as_text()
+    assert not re.findall(r"f32\[64,64\]\S* copy\(", program)

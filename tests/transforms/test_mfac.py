@@ -1,8 +1,11 @@
 """M-FAC: every step against a dense solve in float64, the window's bookkeeping, and what float32 can and cannot do."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxnum.curvature import fisher_inverse_product
@@ -147,3 +150,15 @@ def test_bad_arguments_are_named():
 def test_the_bytes_of_the_inner_products_count():
     with pytest.raises(ValueError, match=r"inner products need 160,008,000,000 bytes"):
         jax.eval_shape(scale_by_mfac(window=200_000).init, jnp.ones(10))
+
+
+def test_a_donated_window_is_written_in_place():
+    optimiser, x = mfac(0.1, window=4, momentum=0.5), jnp.ones((64, 64))
+
+    def step(x, state, g):
+        updates, state = optimiser.update(g, state, x)
+        return optax.apply_updates(x, updates), state
+
+    program = jax.jit(step, donate_argnums=(0, 1)).lower(x, optimiser.init(x), x).compile()
+    assert not re.findall(r"f32\[(4,)?64,64\]\S* copy\(", program.as_text())
+    assert program.memory_analysis().temp_size_in_bytes < 4 * 4 * 64 * 64  # less than another window
