@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import jax
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 from optax.experimental import aggregating
 
 from jaxnum.transforms import per_example
-from kernels_pallas import checks
 
 
 def winsorized_mean(c: int, *, axis: int = 0) -> aggregating.Aggregator:
@@ -29,14 +27,14 @@ def winsorized_mean(c: int, *, axis: int = 0) -> aggregating.Aggregator:
       `aggregating.process(optax.identity(), winsorized_mean(1), optax.adam(1e-3))`.
 
     Raises:
-      ValueError: c is negative; at update, fewer than 2 c + 1 examples.
+      ValueError: c is no integer of at least 0; at update, no `params`, fewer than 2 c + 1 examples.
       ShapeError, DtypeError, TreeError: updates without the axis of examples, or that do not match `params`.
 
     Cost: 4 c + 4 comparisons an example and coordinate for small c; memory of the per-example gradients.
 
     Numerics: a NaN in a coordinate makes that coordinate NaN; an infinite value is pulled in like any other. Sums in at
-      least float32. The mean is biased where gradients are skewed, and Adam's second moment sees less variance. Sharded
-      over examples, all of them are gathered.
+      least float32. Real and imaginary parts are coordinates of their own. The mean is biased where gradients are
+      skewed, and Adam's second moment sees less variance. Sharded over examples, all of them are gathered.
 
     Source: S. Chatterjee, P. Zielinski, "On the Generalization Mystery in Deep Learning", 2022, arXiv 2203.10036; there
       c is a percentile.
@@ -44,11 +42,11 @@ def winsorized_mean(c: int, *, axis: int = 0) -> aggregating.Aggregator:
     Example:
       >>> import jax.numpy as jnp
       >>> gradients = jnp.array([[1.0], [2.0], [3.0], [4.0], [1000.0]])
-      >>> update, _ = winsorized_mean(1).update(gradients, ())
+      >>> update, _ = winsorized_mean(1).update(gradients, (), jnp.zeros(1))
       >>> float(update[0])
       3.0
     """
-    c = _count("winsorized_mean", c)
+    c = per_example.count("winsorized_mean", "c", c, 0)
 
     def combine(updates: Any, size: int) -> Any:
         def leaf(g: jax.Array) -> jax.Array:
@@ -58,9 +56,3 @@ def winsorized_mean(c: int, *, axis: int = 0) -> aggregating.Aggregator:
         return jax.tree.map(leaf, updates)
 
     return per_example.aggregator("winsorized_mean", 2 * c + 1, combine, axis)
-
-
-def _count(function: str, c: int) -> int:
-    whole = hasattr(c, "__index__") and not checks.traced(c)
-    checks.value(function, "c", whole and operator.index(c) >= 0, "be an integer of at least 0", c)
-    return operator.index(c)

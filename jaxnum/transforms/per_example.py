@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax.experimental import aggregating
 
@@ -22,15 +24,21 @@ _REMEDY = "Pass jax.vmap(jax.grad(loss), (None, 0))(params, batch)."
 def aggregator(
     function: str, fewest: int, combine: Callable[[PyTree, int], PyTree], axis: int = 0
 ) -> aggregating.Aggregator:
-    """An aggregator from a function of the tree of per-example gradients, examples first, and their number."""
+    """An aggregator from a function of the tree of per-example gradients, examples first, and their number.
+
+    It demands `params`: a gradient of the batch, which has no axis of examples, shows in nothing but its shape. The
+    real and imaginary parts of a complex gradient reach `combine` as two real leaves.
+    """
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any) -> tuple[PyTree, Any]:
         del extra_args
+        remedy = "Call update(updates, state, params)."
+        checks.value(function, "params", params is not None, "be given", params, remedy)
         size = examples(function, updates, axis, params)
         wanted = f"have at least {fewest} examples"
         checks.value(function, "updates", size >= fewest, wanted, size, "Take a larger batch.")
         first = jax.tree.map(lambda g: jnp.moveaxis(g, axis, 0), updates)
-        return combine(first, size), state
+        return joined(first, combine(parts(first), size)), state
 
     return aggregating.Aggregator(optax.init_empty_state, update)  # pyright: ignore[reportArgumentType]
 
@@ -59,6 +67,31 @@ def examples(function: str, updates: PyTree, axis: int, params: PyTree = None) -
         one = jax.eval_shape(lambda tree: jax.tree.map(lambda g: jnp.take(g, 0, axis), tree), updates)
         checks.same_tree(function, ("params", params), dtypes=False, remedy=_REMEDY, updates=one)
     return first
+
+
+def count(function: str, argument: str, given: Any, least: int, otherwise: str = "") -> int:
+    """An integer of Python, NumPy or JAX that is no bool and at least `least`.
+
+    Raises:
+      ValueError: anything else; `otherwise` is what else the sentence allows.
+    """
+    try:
+        whole = None if isinstance(given, (bool, np.bool_)) else operator.index(given)
+    except TypeError:
+        whole = None
+    wanted = f"be an integer of at least {least}{otherwise}"
+    checks.value(function, argument, whole is not None and whole >= least, wanted, given)
+    return operator.index(given)
+
+
+def parts(tree: PyTree) -> PyTree:
+    """The same with a pair of real and imaginary part, of which either can be ordered, for every complex leaf."""
+    return jax.tree.map(lambda x: (jnp.real(x), jnp.imag(x)) if jnp.iscomplexobj(x) else x, tree)
+
+
+def joined(like: PyTree, tree: PyTree) -> PyTree:
+    """The inverse of `parts`, told by `like` which leaves are complex."""
+    return jax.tree.map(lambda x, part: jax.lax.complex(*part) if jnp.iscomplexobj(x) else part, like, tree)
 
 
 def mean(values: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from scipy.stats import mstats
 
 from jaxnum.transforms import median_of_means, winsorized_mean
 from tests.tolerances import tolerance
-from tests.transforms.aggregators import behaves
+from tests.transforms.aggregators import behaves, counts
 
 
 def test_it_is_an_aggregator():
@@ -19,22 +19,21 @@ def test_it_is_an_aggregator():
 def test_equals_scipy(m, c, x64):
     x = np.random.default_rng(0).normal(size=(m, 4))
     want = mstats.winsorize(x, limits=(c / m, c / m), axis=0).mean(axis=0)
-    got, _ = winsorized_mean(c).update(jnp.asarray(x), ())
+    got, _ = winsorized_mean(c).update(jnp.asarray(x), (), x[0])
     np.testing.assert_allclose(got, want, rtol=tolerance("float64", m))
 
 
 def test_the_largest_c_is_the_median_and_infinity_is_pulled_in():
     x = jax.random.normal(jax.random.key(0), (7, 3))
-    got, _ = winsorized_mean(3).update(x, ())
+    got, _ = winsorized_mean(3).update(x, (), x[0])
     np.testing.assert_allclose(got, jnp.median(x, axis=0), rtol=tolerance("float32", 7))
-    every, _ = median_of_means(None).update(x, ())
+    every, _ = median_of_means(None).update(x, (), x[0])
     np.testing.assert_array_equal(every, jnp.median(x, axis=0))
-    wild, _ = winsorized_mean(1).update(x.at[2].set(jnp.inf), ())
+    wild, _ = winsorized_mean(1).update(x.at[2].set(jnp.inf), (), x[0])
     assert bool(jnp.isfinite(wild).all())
 
 
 def test_too_few_examples_and_bad_counts_are_named():
     with pytest.raises(ValueError, match="^winsorized_mean: `updates` must have at least 5 examples; got 4"):
-        winsorized_mean(2).update(jnp.ones((4, 2)), ())
-    with pytest.raises(ValueError, match="^winsorized_mean: `c` must be an integer of at least 0; got -1"):
-        winsorized_mean(-1)
+        winsorized_mean(2).update(jnp.ones((4, 2)), (), jnp.ones(2))
+    counts("winsorized_mean", "c", 0, winsorized_mean)
