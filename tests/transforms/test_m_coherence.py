@@ -45,6 +45,32 @@ def test_pieces_equal_the_whole_and_leaves_add(key):
     np.testing.assert_allclose(m_coherence(last, axis=-1), m_coherence(flat), rtol=1e-6)
 
 
+@pytest.mark.parametrize("sizes", [(1e-30, 1e-30), (1e30, 1e30), (1e-30, 1e30), (1e30, 1e28), (0.0, 1e-25)])
+@pytest.mark.parametrize("pair", [False, True])
+def test_squares_neither_overflow_nor_vanish(sizes, pair):
+    g = np.random.default_rng(0).normal(size=(8, 5, 1 + pair)) + 0.5
+    g[:4] *= sizes[0]
+    g[4:] *= sizes[1]
+    want = (g.sum(axis=0) ** 2).sum() / (g**2).sum()
+    short = jnp.asarray(g, jnp.float32)
+    short = {"a": short[..., 0]} | ({"b": 1j * short[..., 1]} if pair else {})
+    np.testing.assert_allclose(m_coherence(short), want, rtol=1e-6)
+    init, add, value = m_coherence_stream()
+    state = init(jax.tree.map(lambda x: x[0], short))
+    for part in (slice(0, 4), slice(4, 8)):
+        state = add(state, jax.tree.map(lambda x, part=part: x[part], short))
+    np.testing.assert_allclose(value(state), want, rtol=1e-6)
+
+
+def test_what_is_not_finite_shows():
+    for bad in (jnp.inf, jnp.nan):
+        g = {"a": jnp.ones((4, 2)).at[1, 0].set(bad), "b": jnp.ones(4)}
+        assert np.isnan(m_coherence(g))
+        leaves = m_coherence(g, by_leaf=True)
+        assert np.isnan(leaves["a"])
+        np.testing.assert_allclose(leaves["b"], 4.0)
+
+
 def test_bad_gradients_are_named():
     init, add, _ = m_coherence_stream()
     with pytest.raises(ShapeError, match="^m_coherence: `updates` must have an axis 0 of examples"):
