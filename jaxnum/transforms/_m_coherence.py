@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnum.core.precision import accumulator
-from jaxnum.transforms import per_example
+from jaxnum.transforms import _strict, per_example
 
 PyTree = Any
 
@@ -47,7 +47,7 @@ def m_coherence(
     Raises:
       ShapeError, DtypeError: gradients without the axis of examples.
 
-    Cost: one pass. For gradients that do not fit at once: `m_coherence_stream`.
+    Cost: one pass. For gradients that do not fit at once: `m_coherence_from_loss` or `m_coherence_stream`.
 
     Numerics: sums in at least float32, of squares that neither overflow nor vanish; near 0 the numerator is a
       difference of large numbers.
@@ -63,6 +63,58 @@ def m_coherence(
     size = per_example.examples("m_coherence", per_example_gradients, axis)
     first = jax.tree.map(lambda g: jnp.moveaxis(g, axis, 0), per_example_gradients)
     return _value(_seen(first, size), by_leaf, unbiased)
+
+
+def m_coherence_from_loss(
+    loss: Callable[[PyTree, PyTree], jax.Array],
+    params: PyTree,
+    data: PyTree,
+    *,
+    batch_size: int | None = None,
+    by_leaf: bool = False,
+    unbiased: bool = False,
+) -> jax.Array | PyTree:
+    """`m_coherence` of the gradients of a loss, of which only `batch_size` are in memory at a time.
+
+    Args:
+      loss: `(params, example) -> []`, of one example, with batch normalisation in evaluation.
+      params: pytree of floating-point or complex parameters.
+      data: pytree of arrays [m, ...], examples first.
+      batch_size: gradients side by side, >= 1; None is all of them.
+      by_leaf: as there.
+      unbiased: as there.
+
+    Returns:
+      As there.
+
+    Raises:
+      ValueError: batch_size is no integer of at least 1, or `data` empty; DtypeError: integer parameters.
+      ShapeError: leaves of `data` without examples or with different numbers, a loss that is no scalar.
+
+    Cost: a gradient of each example. Memory: two gradients, and gradients and activations of `batch_size` examples.
+
+    Numerics: as there.
+
+    Source: as there.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loss = lambda w, one: jnp.sum(w * one)
+      >>> float(m_coherence_from_loss(loss, jnp.zeros(3), jnp.ones((8, 3)), batch_size=3))
+      8.0
+    """
+    name = "m_coherence_from_loss"
+    if batch_size is not None:
+        batch_size = per_example.count(name, "batch_size", batch_size, 1, ", or None")
+    _strict.parameters(name, params)
+    size = per_example.leading(name, "data", data)
+    values_and_grads = per_example.values_and_grads(name, loss)
+
+    def step(state: CoherenceState, batch: PyTree) -> CoherenceState:
+        values, gradients = values_and_grads(params, batch)
+        return _both(state, _seen(gradients, len(values)))
+
+    return _value(per_example.fold(step, _none(params), data, size, batch_size), by_leaf, unbiased)
 
 
 def m_coherence_stream(
@@ -95,11 +147,6 @@ def m_coherence_stream(
       8.0
     """
 
-    def init(params: PyTree) -> CoherenceState:
-        total = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=accumulator(jnp.result_type(p))), params)
-        zero = jax.tree.map(lambda t: jnp.zeros([], jnp.finfo(t.dtype).dtype), total)
-        return CoherenceState(jnp.int32(0), zero, total, zero)
-
     def add(state: CoherenceState, per_example_gradients: PyTree) -> CoherenceState:
         size = per_example.examples("m_coherence_stream", per_example_gradients, 0, state.total)
         return _both(state, _seen(per_example_gradients, size))
@@ -107,7 +154,14 @@ def m_coherence_stream(
     def value(state: CoherenceState) -> jax.Array | PyTree:
         return _value(state, by_leaf, unbiased)
 
-    return init, add, value
+    return _none, add, value
+
+
+def _none(params: PyTree) -> CoherenceState:
+    """The state of no example."""
+    total = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=accumulator(jnp.result_type(p))), params)
+    zero = jax.tree.map(lambda t: jnp.zeros([], jnp.finfo(t.dtype).dtype), total)
+    return CoherenceState(jnp.int32(0), zero, total, zero)
 
 
 def _seen(gradients: PyTree, size: int) -> CoherenceState:

@@ -31,7 +31,8 @@ def median_of_means(groups: int | None = 3, *, axis: int = 0) -> aggregating.Agg
       ValueError: groups is no integer of at least 1; at update, no `params`, fewer examples than groups.
       ShapeError, DtypeError, TreeError: updates without the axis of examples, or that do not match `params`.
 
-    Cost: one pass over the examples and groups^2 / 2 comparisons a coordinate.
+    Cost: one pass over the examples and groups^2 / 2 comparisons a coordinate. Where the examples' gradients do not fit
+      in memory, take those of the groups' mean losses, [groups, ...], by `jax.lax.map`, and `median_of_means(None)`.
 
     Numerics: means in at least float32. Real and imaginary parts are coordinates of their own. A NaN in any group's
       mean of a coordinate makes that coordinate NaN.

@@ -51,22 +51,53 @@ def examples(function: str, updates: PyTree, axis: int, params: PyTree = None) -
       ShapeError: a leaf without the axis, or with another number; one that does not fit its parameter.
       TreeError: another tree structure than `params`.
     """
-    sizes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
-        name = "updates" + jax.tree_util.keystr(path)
-        checks.dtype(function, "inexact", **{name: leaf})
-        shape = jnp.shape(leaf)
-        inside = -len(shape) <= axis < len(shape)
-        checks.value(function, name, inside, f"have an axis {axis} of examples", f"shape {shape}", _REMEDY, ShapeError)
-        sizes[name] = shape[axis]
-    checks.value(function, "updates", bool(sizes), "have leaves", "an empty tree")
-    first = next(iter(sizes.values()))
-    for name, size in sizes.items():
-        checks.value(function, name, size == first, f"have {first} examples", size, _REMEDY, ShapeError)
+        checks.dtype(function, "inexact", **{"updates" + jax.tree_util.keystr(path): leaf})
+    first = leading(function, "updates", updates, axis, _REMEDY)
     if params is not None:
         one = jax.eval_shape(lambda tree: jax.tree.map(lambda g: jnp.take(g, 0, axis), tree), updates)
         checks.same_tree(function, ("params", params), dtypes=False, remedy=_REMEDY, updates=one)
     return first
+
+
+def leading(function: str, argument: str, tree: PyTree, axis: int = 0, remedy: str = "") -> int:
+    """The length of an axis, the same in every leaf.
+
+    Raises:
+      ShapeError: a leaf without the axis, or of another length; ValueError: no leaves.
+    """
+    sizes = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name, shape = argument + jax.tree_util.keystr(path), jnp.shape(leaf)
+        inside = -len(shape) <= axis < len(shape)
+        checks.value(function, name, inside, f"have an axis {axis} of examples", f"shape {shape}", remedy, ShapeError)
+        sizes[name] = shape[axis]
+    checks.value(function, argument, bool(sizes), "have leaves", "an empty tree")
+    first = next(iter(sizes.values()))
+    for name, size in sizes.items():
+        checks.value(function, name, size == first, f"have {first} examples", size, remedy, ShapeError)
+    return first
+
+
+def values_and_grads(function: str, loss: Callable[[PyTree, PyTree], jax.Array]) -> Callable[[PyTree, PyTree], Any]:
+    """Losses and gradients of all examples of a batch, from the loss of one."""
+
+    def one(params: PyTree, example: PyTree) -> jax.Array:
+        value = loss(params, example)
+        checks.shape(function, remedy="`loss` takes one example and returns a scalar.", loss=(value, ""))
+        return value
+
+    return jax.vmap(jax.value_and_grad(one), (None, 0))
+
+
+def fold(step: Callable[[Any, PyTree], Any], carry: Any, data: PyTree, size: int, batch_size: int | None) -> Any:
+    """Fold `step(carry, batch) -> carry` over `size` examples, `batch_size` at a time, and then over the rest."""
+    batch_size = min(batch_size or size, size)
+    whole = size // batch_size * batch_size
+    data = jax.tree.map(jnp.asarray, data)
+    batches = jax.tree.map(lambda x: x[:whole].reshape(-1, batch_size, *x.shape[1:]), data)
+    carry, _ = jax.lax.scan(lambda carry, batch: (step(carry, batch), None), carry, batches)
+    return carry if whole == size else step(carry, jax.tree.map(lambda x: x[whole:], data))
 
 
 def count(function: str, argument: str, given: Any, least: int, otherwise: str = "") -> int:

@@ -22,6 +22,16 @@ def test_equals_numpy_s_median_of_split_means(groups):
     np.testing.assert_allclose(got, np.median(means, axis=0), rtol=tolerance("float32", 12), atol=1e-7)
 
 
+def test_gradients_of_the_groups_losses_are_enough(key):
+    w, data = jnp.ones(3), jax.random.normal(key, (12, 3))
+    loss = lambda w, x: jnp.tanh(x @ w) ** 2  # noqa: E731
+    want, _ = median_of_means(4).update(jax.vmap(jax.grad(loss), (None, 0))(w, data), (), w)
+    of_group = jax.grad(lambda w, group: jax.vmap(loss, (None, 0))(w, group).mean())
+    means = jax.lax.map(lambda group: of_group(w, group), data.reshape(4, 3, 3))
+    got, _ = median_of_means(None).update(means, (), w)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+
+
 def test_fewer_than_half_of_the_groups_may_lie():
     x = jax.random.normal(jax.random.key(1), (20, 3))
     clean = x.reshape(5, 4, 3).mean(axis=1)
