@@ -107,12 +107,11 @@ def count(function: str, argument: str, given: Any, least: int, otherwise: str =
       ValueError: anything else; `otherwise` is what else the sentence allows.
     """
     try:
-        whole = None if isinstance(given, (bool, np.bool_)) else operator.index(given)
+        whole = least - 1 if isinstance(given, (bool, np.bool_)) else operator.index(given)
     except TypeError:
-        whole = None
-    wanted = f"be an integer of at least {least}{otherwise}"
-    checks.value(function, argument, whole is not None and whole >= least, wanted, given)
-    return operator.index(given)
+        whole = least - 1
+    checks.value(function, argument, whole >= least, f"be an integer of at least {least}{otherwise}", given)
+    return whole
 
 
 def parts(tree: PyTree) -> PyTree:
