@@ -21,16 +21,21 @@
 # missing; well under a minute on two CPU cores.
 
 # %% [markdown]
-# Outside a checkout of the repository, install the library first: `pip install "jaxnum[notebooks]"`. The next cell
-# does so where it is missing.
+# Outside a checkout of the repository, install the library first: `pip install "jaxnum[notebooks]" scikit-learn`. The
+# next cell does so where either is missing.
 
 # %%
 import importlib.util
 import subprocess
 import sys
 
-if importlib.util.find_spec("jaxnum") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "jaxnum[notebooks]", "scikit-learn"], check=True)
+missing = [
+    package
+    for name, package in (("jaxnum", "jaxnum[notebooks]"), ("sklearn", "scikit-learn"))
+    if importlib.util.find_spec(name) is None
+]
+if missing:
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing], check=True)
 
 # %%
 import jax

@@ -23,7 +23,7 @@ def make(params: Params) -> tuple:
 def run(params: Params):
     from jaxnum.transforms import winsorized_mean
 
-    return lambda gradients: winsorized_mean(params["c"]).update(gradients, ())[0]
+    return lambda gradients: winsorized_mean(params["c"]).update(gradients, (), gradients[0])[0]
 
 
 def by_sorting(params: Params):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jaxnum.transforms._lion import lion_from_adamw as lion_from_adamw
     from jaxnum.transforms._m_coherence import CoherenceState as CoherenceState
     from jaxnum.transforms._m_coherence import m_coherence as m_coherence
+    from jaxnum.transforms._m_coherence import m_coherence_from_loss as m_coherence_from_loss
     from jaxnum.transforms._m_coherence import m_coherence_stream as m_coherence_stream
     from jaxnum.transforms._median_of_means import median_of_means as median_of_means
     from jaxnum.transforms._mfac import MfacState as MfacState
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from jaxnum.transforms._strict import strict as strict
     from jaxnum.transforms._trimmed_mean import trimmed_mean as trimmed_mean
     from jaxnum.transforms._winsorized_mean import winsorized_mean as winsorized_mean
+    from jaxnum.transforms._winsorized_value_and_grad import winsorized_value_and_grad as winsorized_value_and_grad
 
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
@@ -63,7 +65,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "._geometric_median": ("geometric_median",),
         "._harp": ("HarpState", "harp", "scale_by_harp"),
         "._lion": ("lion", "lion_from_adamw"),
-        "._m_coherence": ("CoherenceState", "m_coherence", "m_coherence_stream"),
+        "._m_coherence": ("CoherenceState", "m_coherence", "m_coherence_from_loss", "m_coherence_stream"),
         "._median_of_means": ("median_of_means",),
         "._mfac": ("MfacState", "mfac", "scale_by_mfac"),
         "._mkor": ("MkorState", "mkor", "scale_by_mkor"),
@@ -79,5 +81,6 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "._strict": ("strict",),
         "._trimmed_mean": ("trimmed_mean",),
         "._winsorized_mean": ("winsorized_mean",),
+        "._winsorized_value_and_grad": ("winsorized_value_and_grad",),
     },
 )

@@ -29,7 +29,7 @@ def geometric_median(*, iterations: int = 16, eps: float = 1e-6, axis: int = 0) 
       An `optax.experimental.aggregating.Aggregator`, as `winsorized_mean`.
 
     Raises:
-      ValueError: iterations below 1, eps not above 0.
+      ValueError: iterations is no integer of at least 1, eps not above 0; at update, no `params`.
       ShapeError, DtypeError, TreeError: updates without the axis of examples, or that do not match `params`.
 
     Cost: two passes over the per-example gradients an iteration.
@@ -42,11 +42,11 @@ def geometric_median(*, iterations: int = 16, eps: float = 1e-6, axis: int = 0) 
     Example:
       >>> import jax.numpy as jnp
       >>> gradients = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1000.0, 1000.0]])
-      >>> update, _ = geometric_median().update(gradients, ())
+      >>> update, _ = geometric_median().update(gradients, (), jnp.zeros(2))
       >>> bool(jnp.all(update < 1.0))
       True
     """
-    checks.value("geometric_median", "iterations", iterations >= 1, "be at least 1", iterations)
+    iterations = per_example.count("geometric_median", "iterations", iterations, 1)
     checks.value("geometric_median", "eps", eps > 0, "be greater than 0", eps)
 
     def combine(updates: Any, size: int) -> Any:

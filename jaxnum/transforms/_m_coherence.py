@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnum.core.precision import accumulator
-from jaxnum.transforms import per_example
+from jaxnum.transforms import _strict, per_example
 
 PyTree = Any
 
@@ -18,8 +18,9 @@ class CoherenceState(NamedTuple):
     """What `m_coherence_stream` has seen."""
 
     count: jax.Array  # [] int32, examples
-    total: PyTree  # sum of gradients, like params, at least float32
-    squares: PyTree  # sum of squared norms of each leaf, [] each
+    unit: PyTree  # largest entry of each leaf's gradients, [] each, at least float32
+    total: PyTree  # sum of gradients in that unit, like params, at least float32
+    squares: PyTree  # sum of squared norms of each leaf in the unit's square, [] each
 
 
 def m_coherence(
@@ -46,9 +47,10 @@ def m_coherence(
     Raises:
       ShapeError, DtypeError: gradients without the axis of examples.
 
-    Cost: one pass. For gradients that do not fit at once: `m_coherence_stream`.
+    Cost: one pass. For gradients that do not fit at once: `m_coherence_from_loss` or `m_coherence_stream`.
 
-    Numerics: sums in at least float32; near 0 the numerator is a difference of large numbers.
+    Numerics: sums in at least float32, of squares that neither overflow nor vanish; near 0 the numerator is a
+      difference of large numbers.
 
     Source: S. Chatterjee, P. Zielinski, "On the Generalization Mystery in Deep Learning", 2022, arXiv 2203.10036,
       section 2; the estimate from pairs is ours.
@@ -60,7 +62,59 @@ def m_coherence(
     """
     size = per_example.examples("m_coherence", per_example_gradients, axis)
     first = jax.tree.map(lambda g: jnp.moveaxis(g, axis, 0), per_example_gradients)
-    return _ratio(jnp.int32(size), _total(first), _squares(first), by_leaf, unbiased)
+    return _value(_seen(first, size), by_leaf, unbiased)
+
+
+def m_coherence_from_loss(
+    loss: Callable[[PyTree, PyTree], jax.Array],
+    params: PyTree,
+    data: PyTree,
+    *,
+    batch_size: int | None = None,
+    by_leaf: bool = False,
+    unbiased: bool = False,
+) -> jax.Array | PyTree:
+    """`m_coherence` of the gradients of a loss, of which only `batch_size` are in memory at a time.
+
+    Args:
+      loss: `(params, example) -> []`, of one example, with batch normalisation in evaluation.
+      params: pytree of floating-point or complex parameters.
+      data: pytree of arrays [m, ...], examples first.
+      batch_size: gradients side by side, >= 1; None is all of them.
+      by_leaf: as there.
+      unbiased: as there.
+
+    Returns:
+      As there.
+
+    Raises:
+      ValueError: batch_size is no integer of at least 1, or `data` empty; DtypeError: integer parameters.
+      ShapeError: leaves of `data` without examples or with different numbers, a loss that is no scalar.
+
+    Cost: a gradient of each example. Memory: two gradients, and gradients and activations of `batch_size` examples.
+
+    Numerics: as there.
+
+    Source: as there.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loss = lambda w, one: jnp.sum(w * one)
+      >>> float(m_coherence_from_loss(loss, jnp.zeros(3), jnp.ones((8, 3)), batch_size=3))
+      8.0
+    """
+    name = "m_coherence_from_loss"
+    if batch_size is not None:
+        batch_size = per_example.count(name, "batch_size", batch_size, 1, ", or None")
+    _strict.parameters(name, params)
+    size = per_example.leading(name, "data", data)
+    values_and_grads = per_example.values_and_grads(name, loss)
+
+    def step(state: CoherenceState, batch: PyTree) -> CoherenceState:
+        values, gradients = values_and_grads(params, batch)
+        return _both(state, _seen(gradients, len(values)))
+
+    return _value(per_example.fold(step, _none(params), data, size, batch_size), by_leaf, unbiased)
 
 
 def m_coherence_stream(
@@ -93,34 +147,57 @@ def m_coherence_stream(
       8.0
     """
 
-    def init(params: PyTree) -> CoherenceState:
-        total = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=accumulator(jnp.result_type(p))), params)
-        squares = jax.tree.map(lambda t: jnp.zeros([], jnp.finfo(t.dtype).dtype), total)
-        return CoherenceState(jnp.int32(0), total, squares)
-
     def add(state: CoherenceState, per_example_gradients: PyTree) -> CoherenceState:
         size = per_example.examples("m_coherence_stream", per_example_gradients, 0, state.total)
-        total = jax.tree.map(jnp.add, state.total, _total(per_example_gradients))
-        squares = jax.tree.map(jnp.add, state.squares, _squares(per_example_gradients))
-        return CoherenceState(state.count + size, total, squares)
+        return _both(state, _seen(per_example_gradients, size))
 
     def value(state: CoherenceState) -> jax.Array | PyTree:
-        return _ratio(state.count, state.total, state.squares, by_leaf, unbiased)
+        return _value(state, by_leaf, unbiased)
 
-    return init, add, value
-
-
-def _total(gradients: PyTree) -> PyTree:
-    return jax.tree.map(lambda g: jnp.sum(g, axis=0, dtype=accumulator(g.dtype)), gradients)
+    return _none, add, value
 
 
-def _squares(gradients: PyTree) -> PyTree:
-    return jax.tree.map(lambda g: jnp.sum(jnp.abs(g.astype(accumulator(g.dtype))) ** 2), gradients)
+def _none(params: PyTree) -> CoherenceState:
+    """The state of no example."""
+    total = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=accumulator(jnp.result_type(p))), params)
+    zero = jax.tree.map(lambda t: jnp.zeros([], jnp.finfo(t.dtype).dtype), total)
+    return CoherenceState(jnp.int32(0), zero, total, zero)
 
 
-def _ratio(count: jax.Array, total: PyTree, squares: PyTree, by_leaf: bool, unbiased: bool) -> jax.Array | PyTree:
-    tops = jax.tree.map(lambda t: jnp.sum(jnp.abs(t) ** 2), total)
+def _seen(gradients: PyTree, size: int) -> CoherenceState:
+    """The state of some examples alone."""
+    wide = jax.tree.map(lambda g: g.astype(accumulator(g.dtype)), gradients)
+    unit = jax.tree.map(lambda g: jnp.max(jnp.abs(g), initial=0), wide)
+    # What is not finite makes the sums so.
+    unit = jax.tree.map(lambda u: jnp.where(jnp.isfinite(u), u, 0), unit)
+    scaled = jax.tree.map(lambda g, u: g / _divisor(u).astype(g.dtype), wide, unit)
+    total = jax.tree.map(lambda g: jnp.sum(g, axis=0), scaled)
+    return CoherenceState(jnp.int32(size), unit, total, jax.tree.map(lambda g: jnp.sum(jnp.abs(g) ** 2), scaled))
+
+
+def _both(a: CoherenceState, b: CoherenceState) -> CoherenceState:
+    """The state of two sets of examples."""
+    unit = jax.tree.map(jnp.maximum, a.unit, b.unit)
+
+    def moved(state: CoherenceState) -> tuple[PyTree, PyTree]:
+        share = jax.tree.map(lambda old, new: old / _divisor(new), state.unit, unit)
+        total = jax.tree.map(lambda t, s: t * s.astype(t.dtype), state.total, share)
+        return total, jax.tree.map(lambda q, s: q * s**2, state.squares, share)
+
+    total, squares = jax.tree.map(jnp.add, moved(a), moved(b))
+    return CoherenceState(a.count + b.count, unit, total, squares)
+
+
+def _divisor(unit: jax.Array) -> jax.Array:
+    return jnp.where(unit > 0, unit, 1)
+
+
+def _value(state: CoherenceState, by_leaf: bool, unbiased: bool) -> jax.Array | PyTree:
+    tops = jax.tree.map(lambda t: jnp.sum(jnp.abs(t) ** 2), state.total)
+    squares = state.squares
     if not by_leaf:
-        tops, squares = (jnp.asarray(sum(jax.tree.leaves(tree))) for tree in (tops, squares))
+        units = jnp.stack(jax.tree.leaves(state.unit))
+        shares = (units / _divisor(units.max())) ** 2
+        tops, squares = (jnp.sum(shares * jnp.stack(jax.tree.leaves(tree))) for tree in (tops, squares))
     values = jax.tree.map(jnp.divide, tops, squares)
-    return jax.tree.map(lambda v: (v - 1) / (count - 1), values) if unbiased else values
+    return jax.tree.map(lambda v: (v - 1) / (state.count - 1), values) if unbiased else values

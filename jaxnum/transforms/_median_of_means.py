@@ -10,7 +10,6 @@ from optax.experimental import aggregating
 
 from jaxnum.core.precision import accumulator
 from jaxnum.transforms import per_example
-from kernels_pallas import checks
 
 
 def median_of_means(groups: int | None = 3, *, axis: int = 0) -> aggregating.Aggregator:
@@ -29,12 +28,14 @@ def median_of_means(groups: int | None = 3, *, axis: int = 0) -> aggregating.Agg
       An `optax.experimental.aggregating.Aggregator`, as `winsorized_mean`.
 
     Raises:
-      ValueError: groups below 1; at update, fewer examples than groups.
+      ValueError: groups is no integer of at least 1; at update, no `params`, fewer examples than groups.
       ShapeError, DtypeError, TreeError: updates without the axis of examples, or that do not match `params`.
 
-    Cost: one pass over the examples and groups^2 / 2 comparisons a coordinate.
+    Cost: one pass over the examples and groups^2 / 2 comparisons a coordinate. Where the examples' gradients do not fit
+      in memory, take those of the groups' mean losses, [groups, ...], by `jax.lax.map`, and `median_of_means(None)`.
 
-    Numerics: means in at least float32. A NaN in any group's mean of a coordinate makes that coordinate NaN.
+    Numerics: means in at least float32. Real and imaginary parts are coordinates of their own. A NaN in any group's
+      mean of a coordinate makes that coordinate NaN.
 
     Source: S. Chatterjee, P. Zielinski, "On the Generalization Mystery in Deep Learning", 2022, arXiv 2203.10036, the
       variant RM3 for three groups.
@@ -42,13 +43,12 @@ def median_of_means(groups: int | None = 3, *, axis: int = 0) -> aggregating.Agg
     Example:
       >>> import jax.numpy as jnp
       >>> gradients = jnp.array([[1.0], [3.0], [4.0], [6.0], [1000.0], [-5.0]])
-      >>> update, _ = median_of_means(3).update(gradients, ())
+      >>> update, _ = median_of_means(3).update(gradients, (), jnp.zeros(1))
       >>> float(update[0])
       5.0
     """
     if groups is not None:
-        wanted = "be an integer of at least 1, or None"
-        checks.value("median_of_means", "groups", isinstance(groups, int) and groups >= 1, wanted, groups)
+        groups = per_example.count("median_of_means", "groups", groups, 1, ", or None")
 
     def combine(updates: Any, size: int) -> Any:
         count = size if groups is None else groups

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxnum.core import trees
+from jaxnum.transforms import _strict
 from kernels_pallas import checks
 
 PyTree = Any
@@ -37,6 +38,8 @@ def record_norms(steps: int, *, order: int = 2) -> optax.GradientTransformationE
 
     Raises:
       ValueError: steps below 1, order neither 1 nor 2.
+      TreeError, ShapeError, DtypeError: parameters that are not floating-point or complex; updates that do not match
+        `params`, where `update` is given them.
 
     Cost: a pass over the updates, two where order = 2. Memory: 4 bytes a step.
 
@@ -58,13 +61,15 @@ def record_norms(steps: int, *, order: int = 2) -> optax.GradientTransformationE
     checks.choice("record_norms", "order", order, (1, 2))
 
     def init(params: PyTree) -> NormsState:
-        del params
+        _strict.parameters("record_norms", params)
         return NormsState(jnp.zeros([], jnp.int32), jnp.full(steps, jnp.nan, jnp.float32))
 
     def update(
         updates: PyTree, state: NormsState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, NormsState]:
-        del params, extra_args
+        del extra_args
+        if params is not None:
+            _strict.matching("record_norms", updates, params)
         sizes = [jnp.abs(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(updates)]
         norm = sum(map(jnp.sum, sizes), jnp.float32(0)) if order == 1 else trees.safe_norm([jnp.float32(0), *sizes])
         norms = state.norms.at[state.count].set(norm, mode="drop")

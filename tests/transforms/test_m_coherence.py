@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnum.transforms import m_coherence, m_coherence_stream
-from kernels_pallas.checks import ShapeError, TreeError
+from jaxnum.transforms import m_coherence, m_coherence_from_loss, m_coherence_stream
+from kernels_pallas.checks import DtypeError, ShapeError, TreeError
 from tests.tolerances import tolerance
+from tests.transforms.aggregators import counts
 
 
 def test_known_values():
@@ -45,9 +46,61 @@ def test_pieces_equal_the_whole_and_leaves_add(key):
     np.testing.assert_allclose(m_coherence(last, axis=-1), m_coherence(flat), rtol=1e-6)
 
 
+def test_a_loss_equals_its_dense_jacobian(x64):
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(3, 2))), "b": jnp.asarray(rng.normal(size=2))}
+    data = rng.normal(size=(11, 3))
+    loss = lambda p, x: jnp.sum(jnp.tanh(x @ p["w"] + p["b"]))  # noqa: E731
+    jacobian = jax.jacrev(jax.jit(lambda p: jax.vmap(loss, (None, 0))(p, data)))(params)
+    flat = np.concatenate([np.asarray(g).reshape(11, -1) for g in jax.tree.leaves(jacobian)], axis=1)
+    want = (flat.sum(axis=0) ** 2).sum() / (flat**2).sum()
+    for batch_size in (None, 1, 4, 20):
+        got = jax.jit(lambda p, b=batch_size: m_coherence_from_loss(loss, p, data, batch_size=b))(params)
+        np.testing.assert_allclose(got, want, rtol=1e-10)
+    got = m_coherence_from_loss(loss, params, data, batch_size=4, unbiased=True)
+    np.testing.assert_allclose(got, (want - 1) / 10, rtol=1e-10)
+    leaves = m_coherence_from_loss(loss, params, data, by_leaf=True, batch_size=3)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10), leaves, m_coherence(jacobian, by_leaf=True))
+
+
+@pytest.mark.parametrize("sizes", [(1e-30, 1e-30), (1e30, 1e30), (1e-30, 1e30), (1e30, 1e28), (0.0, 1e-25)])
+@pytest.mark.parametrize("pair", [False, True])
+def test_squares_neither_overflow_nor_vanish(sizes, pair):
+    g = np.random.default_rng(0).normal(size=(8, 5, 1 + pair)) + 0.5
+    g[:4] *= sizes[0]
+    g[4:] *= sizes[1]
+    want = (g.sum(axis=0) ** 2).sum() / (g**2).sum()
+    short = jnp.asarray(g, jnp.float32)
+    short = {"a": short[..., 0]} | ({"b": 1j * short[..., 1]} if pair else {})
+    np.testing.assert_allclose(m_coherence(short), want, rtol=1e-6)
+    init, add, value = m_coherence_stream()
+    state = init(jax.tree.map(lambda x: x[0], short))
+    for part in (slice(0, 4), slice(4, 8)):
+        state = add(state, jax.tree.map(lambda x, part=part: x[part], short))
+    np.testing.assert_allclose(value(state), want, rtol=1e-6)
+
+
+def test_what_is_not_finite_shows():
+    for bad in (jnp.inf, jnp.nan):
+        g = {"a": jnp.ones((4, 2)).at[1, 0].set(bad), "b": jnp.ones(4)}
+        assert np.isnan(m_coherence(g))
+        leaves = m_coherence(g, by_leaf=True)
+        assert np.isnan(leaves["a"])
+        np.testing.assert_allclose(leaves["b"], 4.0)
+
+
 def test_bad_gradients_are_named():
     init, add, _ = m_coherence_stream()
     with pytest.raises(ShapeError, match="^m_coherence: `updates` must have an axis 0 of examples"):
         m_coherence(jnp.float32(1))
     with pytest.raises(TreeError, match="^m_coherence_stream: `updates` must "):
         add(init({"w": jnp.zeros(2)}), jnp.ones((3, 2)))
+    loss = lambda w, x: jnp.sum(w * x)  # noqa: E731
+    name = "m_coherence_from_loss"
+    counts(name, "batch_size", 1, lambda b: m_coherence_from_loss(loss, jnp.ones(2), jnp.ones((3, 2)), batch_size=b))
+    with pytest.raises(ShapeError, match=rf"^{name}: `data\[1\]` must have 2 examples; got 3"):
+        m_coherence_from_loss(loss, jnp.ones(2), (jnp.ones(2), jnp.ones(3)))
+    with pytest.raises(ShapeError, match=rf"^{name}: `loss` must have shape \(\); got \(2,\)"):
+        m_coherence_from_loss(lambda w, x: w, jnp.ones(2), jnp.ones(3))
+    with pytest.raises(DtypeError, match=f"^{name}: `params` must have a floating-point or complex dtype"):
+        m_coherence_from_loss(loss, jnp.arange(2), jnp.ones((3, 2)))

@@ -8,6 +8,7 @@ import pytest
 
 from jaxnum.schedules import refine_schedule
 from jaxnum.transforms import record_norms
+from kernels_pallas.checks import DtypeError, ShapeError, TreeError
 from tests.tolerances import tolerance
 
 
@@ -49,6 +50,20 @@ def test_unrecorded_steps_are_nan_and_left_out():
     linear = optax.linear_schedule(1.0, 0.0, 11)
     got = refine_schedule(state.norms)
     np.testing.assert_allclose([got(t) for t in range(12)], [linear(t) for t in range(12)], atol=1e-6)
+
+
+def test_parameters_and_updates_are_checked():
+    params = {"w": jnp.ones((3, 2))}
+    recorder = record_norms(2)
+    with pytest.raises(DtypeError, match=r"^record_norms: `params\['w'\]` must have a floating-point or complex dtype"):
+        recorder.init({"w": jnp.arange(3)})
+    for error, updates in (
+        (ShapeError, {"w": jnp.ones(2)}),
+        (DtypeError, {"w": jnp.ones((3, 2), jnp.bfloat16)}),
+        (TreeError, jnp.ones((3, 2))),
+    ):
+        with pytest.raises(error, match="^record_norms: `updates.*` must have .* to match|tree structure"):
+            recorder.update(updates, recorder.init(params), params)
 
 
 def test_bad_arguments_are_named():
