@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from optax.experimental import aggregating
 
+from jaxnum.core import trees
 from jaxnum.core.precision import accumulator
 from kernels_pallas import checks
 from kernels_pallas.checks import ShapeError
@@ -124,9 +125,19 @@ def joined(like: PyTree, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x, part: jax.lax.complex(*part) if jnp.iscomplexobj(x) else part, like, tree)
 
 
+def total(values: jax.Array) -> jax.Array:
+    """Sum over the first axis in at least float32: a product with ones, as XLA adds rows slowly on a CPU."""
+    wide = accumulator(values.dtype)
+    if trees.explicitly_sharded(values):
+        # tensordot raises ShardingTypeError on a contracted axis that is sharded.
+        return jnp.sum(values, axis=0, dtype=wide)
+    ones, highest = jnp.ones(values.shape[0], values.dtype), jax.lax.Precision.HIGHEST
+    return jnp.tensordot(ones, values, 1, precision=highest, preferred_element_type=wide)
+
+
 def mean(values: jax.Array) -> jax.Array:
     """Mean over the first axis, summed in at least float32, in the dtype given."""
-    return jnp.mean(values, axis=0, dtype=accumulator(values.dtype)).astype(values.dtype)
+    return (total(values) / values.shape[0]).astype(values.dtype)
 
 
 def smallest(values: jax.Array, count: int) -> jax.Array:
