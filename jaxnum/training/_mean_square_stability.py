@@ -44,7 +44,7 @@ def mean_square_stability(
 
     Raises:
       SolverError: an eager call with non-finite or vanishing x_i.
-      ValueError: a Python number out of range.
+      ValueError: a single number out of range, unless traced.
       ShapeError, DtypeError: leaves without the axis of examples, or not real floating-point.
 
     Cost: with r = min(n, parameters), an SVD of the jacobian and some tens of products of n r² operations; memory r²
@@ -65,8 +65,7 @@ def mean_square_stability(
       1.0000 0.5179 0.0358
     """
     m = _moments("mean_square_stability", jacobian, batch_size, replacement)
-    if isinstance(learning_rate, int | float):
-        checks.value("mean_square_stability", "learning_rate", learning_rate > 0, "be positive", learning_rate)
+    checks.number("mean_square_stability", "learning_rate", lambda rate: rate > 0, "be positive", learning_rate)
     rate = jnp.asarray(learning_rate, m.h.dtype)
     drift = m.h[:, None] + m.h
     start = jnp.diag(m.seen)
@@ -123,10 +122,9 @@ class _Moments(NamedTuple):
 def _moments(function: str, jacobian: PyTree, batch_size: Any, replacement: bool) -> _Moments:
     x = rows(function, jacobian)
     n = len(x)
-    if isinstance(batch_size, int | float):
-        checks.value(function, "batch_size", batch_size >= 1, "be at least 1", batch_size)
-        if not checks.flag(function, "replacement", replacement):
-            checks.value(function, "batch_size", batch_size <= n, f"be at most {n}, the examples", batch_size)
+    checks.number(function, "batch_size", lambda size: size >= 1, "be at least 1", batch_size)
+    if not checks.flag(function, "replacement", replacement):
+        checks.number(function, "batch_size", lambda size: size <= n, f"be at most {n}, the examples", batch_size)
     c = 1 / jnp.asarray(batch_size, x.dtype)
     if not replacement:
         c = (c - 1 / n) * n / max(n - 1, 1)

@@ -279,8 +279,7 @@ def _dtype(like: PyTree) -> Any:
 
 
 def _report(rate: Any, batch_size: Any, figures: tuple, status: jax.Array, dtype: Any) -> SgdStability:
-    if isinstance(batch_size, int | float):
-        checks.value("sgd_stability", "batch_size", batch_size >= 1, "be at least 1", batch_size)
+    checks.number("sgd_stability", "batch_size", lambda size: size >= 1, "be at least 1", batch_size)
     largest, trace, trace_error, norm, norm_error = figures
     rates = (rate * largest, rate * trace, rate * norm / jnp.sqrt(batch_size))
     values = [jnp.asarray(x, dtype) for x in (largest, trace, trace_error, norm, norm_error, *rates)]

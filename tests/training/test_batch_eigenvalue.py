@@ -44,6 +44,7 @@ def test_nan_shows_and_bad_arguments_are_named():
     for arguments, words in (
         ((1.0, -1.0, 1), "`noise` must be at least 0; got -1.0"),
         ((1.0, 1.0, 0), "`batch_size` must be at least 1; got 0"),
+        ((1.0, 1.0, np.int64(0)), "`batch_size` must be at least 1; got 0"),
         ((1.0, float("nan"), 1), "`noise` must be at least 0; got nan"),
     ):
         with pytest.raises(ValueError, match="^batch_eigenvalue: " + words):

@@ -81,8 +81,9 @@ def test_single_precision_agrees_for_a_larger_problem():
 
 def test_bad_input():
     name = "^mean_square_stability: "
-    with pytest.raises(ValueError, match=name + "`learning_rate` must be positive; got 0"):
-        mean_square_stability(LINE, 0, 1)
+    for rate in (0, np.int64(0)):
+        with pytest.raises(ValueError, match=name + "`learning_rate` must be positive; got 0"):
+            mean_square_stability(LINE, rate, 1)
     with pytest.raises(ValueError, match=name + "`batch_size` must be at least 1; got 0.5"):
         mean_square_stability(LINE, 0.1, 0.5)
     with pytest.raises(ValueError, match=name + "`batch_size` must be at most 4, the examples; got 8"):

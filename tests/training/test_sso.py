@@ -182,7 +182,13 @@ def test_twenty_inner_steps_leave_half_the_loss_of_one(x64):
 
 def test_bad_arguments_are_named():
     good = {"inner": optax.sgd(0.1), "num_inner": 2, "eta": 1.0}
-    for wrong in ({"num_inner": 0}, {"num_inner": 1.5}, {"eta": 0.0}, {"tolerance": -1.0}):
+    for wrong in (
+        {"num_inner": 0},
+        {"num_inner": 1.5},
+        {"eta": 0.0},
+        {"eta": np.float32(0)},
+        {"tolerance": np.int64(-1)},
+    ):
         with pytest.raises(ValueError, match=f"^sso: `{next(iter(wrong))}` must be "):
             sso(**good | wrong)
     with pytest.raises(TypeError, match="^sso: `inner` must be an optax gradient transformation; .* Call its factory"):
