@@ -109,6 +109,8 @@ def test_bad_input(key):
     with pytest.raises(ValueError, match="^sgd_stability_monitor: `every` must be at least 1; got 0"):
         sgd_stability_monitor(0, key, 0.1, 1)
     watch, p = sgd_stability_monitor(1, key, 0.1, 1), jnp.zeros(3)
+    with pytest.raises(ValueError, match="^sgd_stability_monitor: `params` must have at least one entry; got 0"):
+        sgd_stability_monitor(1, key, 0.1, 1).init({})
     with pytest.raises(ValueError, match="^sgd_stability_monitor: `obj_fn` must be given"):
         watch.update(p, watch.init(p), p)
     with pytest.raises(ShapeError, match="^sgd_stability_monitor: `updates` must have shape"):
