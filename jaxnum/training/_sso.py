@@ -71,7 +71,7 @@ def sso(
       not be differentiable, and may be a `jax.pure_callback`.
 
     Raises:
-      TypeError: `inner` is not an optax transformation.
+      TypeError: `inner` is not an optax transformation; at step, `target_grad_fn` returns no pair.
       ValueError: a number out of range.
       TreeError, ShapeError, DtypeError: at step, parameters or outputs that are not floating-point; a d that does not
         match z.
@@ -125,8 +125,11 @@ def sso(
         _floating("params", params)
         z, pull = jax.vjp(model_fn, params)
         _floating("model_fn(...)", z)
-        loss, dz = target_grad_fn(z)
+        returned = target_grad_fn(z)
         remedy = "Return (loss, gradient of the loss with respect to the outputs)."
+        pair = isinstance(returned, (tuple, list)) and len(returned) == 2
+        checks.value("sso", "target_grad_fn(...)", pair, "be a pair", type(returned).__name__, remedy, TypeError)
+        loss, dz = returned
         checks.same_tree("sso", ("model_fn(...)", z), dtypes=True, remedy=remedy, **{"target_grad_fn(...)[1]": dz})
         rate = eta(state.count) if callable(eta) else eta
 

@@ -197,6 +197,8 @@ def test_bad_arguments_are_named():
     x = jnp.ones(2)
     with pytest.raises(DtypeError, match=r"^sso: `params\['k'\]` must have a floating-point dtype"):
         init({"k": jnp.arange(3)})
+    with pytest.raises(TypeError, match=r"^sso: `target_grad_fn\(...\)` must be a pair; got .* Return \(loss, grad"):
+        step(x, init(x), lambda p: p, lambda z: jnp.sum(z))
     with pytest.raises(ShapeError, match=r"^sso: `target_grad_fn\(...\)\[1\]` must have shape \(2,\)"):
         step(x, init(x), lambda p: p, lambda z: (0.0, jnp.ones(1)))
     with pytest.raises(TreeError, match=r"^sso: `target_grad_fn"):
