@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels_pallas import checks
 
@@ -80,7 +81,7 @@ def sampled(function: str, noise: Any, batch_size: Any, num_examples: Any) -> ja
     at_least(function, "noise", noise, 0)
     at_least(function, "batch_size", batch_size, 1)
     if not checks.traced(batch_size) and jnp.size(batch_size) == 1:
-        at_least(function, "num_examples", num_examples, batch_size, "`batch_size`")
+        at_least(function, "num_examples", num_examples, np.asarray(batch_size).item(), "`batch_size`")
     share = 1 / batch_size if num_examples is None else 1 / batch_size - 1 / num_examples
     return jnp.asarray(noise * share)
 
