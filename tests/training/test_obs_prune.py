@@ -75,6 +75,9 @@ def test_bad_input():
     w, G = (x.astype("float32") for x in problem())
     with pytest.raises(ValueError, match="obs_prune: `count` must be in 0 to 15; got 16"):
         obs_prune(w, G, 16)
+    # A constant that is an array can be read inside jax.jit too.
+    two = jnp.int32(2)
+    assert int(jax.jit(lambda w: obs_prune(w, G, two).kept.sum())(w)) == 13
     with pytest.raises(ValueError, match="obs_prune: `correction` must be one of 'joint', 'single', 'none'"):
         obs_prune(w, G, 1, correction="all")
     for damping in (0, np.int64(0)):
