@@ -257,6 +257,29 @@ def value(
         _raise(error, function, argument, wanted, got, remedy)
 
 
+def number(function: str, argument: str, inside: Callable[[Any], Any], wanted: str, got: Any) -> None:
+    """Check a single number, of Python, NumPy or JAX; None, what is traced and arrays of several pass.
+
+    Args:
+      function: name of the public function.
+      argument: name of the argument.
+      inside: whether a number is acceptable.
+      wanted: what follows "must".
+      got: the number as given.
+
+    Raises:
+      ValueError: a number that is not `inside`.
+
+    Example:
+      >>> number("f", "size", lambda size: size >= 1, "be at least 1", np.int64(0))
+      Traceback (most recent call last):
+      ...
+      ValueError: f: `size` must be at least 1; got 0.
+    """
+    if got is not None and not traced(got) and np.size(got) == 1:
+        value(function, argument, bool(inside(np.asarray(got).item())), wanted, got)
+
+
 def arrays(function: str, /, **arguments: Any) -> None:
     """Check that arguments which have no default are arrays, of JAX or NumPy.
 

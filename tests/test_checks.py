@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from kernels_pallas import checks
@@ -98,6 +99,15 @@ def test_value_and_choice():
     assert sentence(KeyError, lambda: checks.value("f", "n", False, "exist", 0, "Add it.", KeyError))
     text = sentence(ValueError, lambda: checks.choice("f", "mode", "c", ("a", "b")))
     assert text == "f: `mode` must be one of 'a', 'b'; got 'c'."
+
+
+def test_number():
+    check = lambda got: lambda: checks.number("f", "n", lambda n: n >= 1, "be at least 1", got)  # noqa: E731
+    for got in (1, 2.5, np.int64(3), jnp.float32(1), None, jnp.zeros(2)):
+        check(got)()
+    for got in (0, 0.5, np.int64(0), np.float32(0), jnp.zeros([])):
+        assert sentence(ValueError, check(got)) == f"f: `n` must be at least 1; got {got}."
+    jax.jit(lambda n: check(n)())(0)
 
 
 def test_checks_run_while_tracing():

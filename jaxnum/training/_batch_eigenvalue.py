@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels_pallas import checks
 
@@ -46,7 +47,7 @@ def batch_eigenvalue(
       A `BatchEigenvalue` in the broadcast shape of the arguments.
 
     Raises:
-      ValueError: a Python number out of range.
+      ValueError: a single number out of range, unless traced.
 
     Cost: a few operations.
 
@@ -77,13 +78,16 @@ def batch_eigenvalue(
 
 def sampled(function: str, noise: Any, batch_size: Any, num_examples: Any) -> jax.Array:
     """Check what describes the sampling, and return P σ² / b."""
-    wanted = {
-        "noise": (noise, 0.0, "be at least 0"),
-        "batch_size": (batch_size, 1.0, "be at least 1"),
-        "num_examples": (num_examples, batch_size, "be at least `batch_size`"),
-    }
-    for name, (given, least, words) in wanted.items():
-        if isinstance(given, int | float) and isinstance(least, int | float):
-            checks.value(function, name, given >= least, words, given)
+    at_least(function, "noise", noise, 0)
+    at_least(function, "batch_size", batch_size, 1)
+    if not checks.traced(batch_size) and jnp.size(batch_size) == 1:
+        at_least(function, "num_examples", num_examples, np.asarray(batch_size).item(), "`batch_size`")
     share = 1 / batch_size if num_examples is None else 1 / batch_size - 1 / num_examples
     return jnp.asarray(noise * share)
+
+
+def at_least(function: str, argument: str, given: Any, least: Any, words: str = "") -> None:
+    """Check a number; NaN in an array, which somebody measured, passes and shows in the result."""
+    measured = not isinstance(given, float)
+    inside = lambda x: x >= least or (measured and x != x)  # noqa: E731
+    checks.number(function, argument, inside, f"be at least {words or least}", given)

@@ -37,7 +37,7 @@ def batch_learning_rate(
       η in the broadcast shape of the arguments.
 
     Raises:
-      ValueError: a Python number out of range.
+      ValueError: a single number out of range, unless traced.
 
     Cost: a few operations.
 
@@ -89,7 +89,8 @@ def rescale_batch_learning_rate(
       The new rate.
 
     Raises:
-      ValueError: a Python number out of range, an unknown optimizer, one of eigenvalue and noise without the other.
+      ValueError: a single number out of range, unless traced; an unknown optimizer; one of eigenvalue and noise without
+        the other.
 
     Cost: a few operations.
 
@@ -111,8 +112,7 @@ def rescale_batch_learning_rate(
         ("old_size", old_size, 1),
         ("new_size", new_size, 1),
     ):
-        if isinstance(given, int | float):
-            checks.value(name, argument, given >= least, f"be at least {least}", given)
+        _batch_eigenvalue.at_least(name, argument, given, least)
     if eigenvalue is None or noise is None:
         ratio = jnp.asarray(new_size / old_size)
     else:

@@ -87,8 +87,7 @@ def cross_entropy_with_log_z(
     wanted = " ".join(map(str, logits.shape[:-1]))
     checks.shape(name, remedy="Labels are integers, without the axis of classes.", labels=(labels, wanted))
     checks.shape(name, where=(where, wanted))
-    if isinstance(coefficient, int | float):
-        checks.value(name, "coefficient", coefficient >= 0, "be at least 0", coefficient)
+    checks.number(name, "coefficient", lambda c: c >= 0, "be at least 0", coefficient)
     if where is not None:
         counts = jnp.asarray(where) != 0
         logits, labels = jnp.where(counts[..., None], logits, 0), jnp.where(counts, labels, 0)

@@ -64,7 +64,7 @@ def lr_sensitivity(
 
     Raises:
       ShapeError: the first axis of `final_losses` is not M, or `initial_loss` does not fit the others.
-      ValueError: the range is empty.
+      ValueError: the range is empty, or a learning rate is not positive, unless traced.
 
     Cost: none to speak of.
 
@@ -83,6 +83,8 @@ def lr_sensitivity(
     if initial.ndim > 0:
         checks.shape("lr_sensitivity", final_losses=(final, "_ *B"), initial_loss=(initial, "*B"))
     _check_range("lr_sensitivity", low, high)
+    if not checks.traced(rates):
+        checks.value("lr_sensitivity", "learning_rates", bool((np.asarray(rates) > 0).all()), "be positive", rates)
     wide = accumulator(jnp.result_type(final, initial))
     inside = (rates >= low * (1 - _SLACK)) & (rates <= high * (1 + _SLACK))
     inside = inside.reshape((-1,) + (1,) * (final.ndim - 1))
@@ -122,8 +124,8 @@ def lr_sensitivity_sweep(
       An `LrSweep`.
 
     Raises:
-      ShapeError: keys are not [S], rates not [M], losses not scalars.
-      ValueError: an option out of range.
+      ShapeError: keys are not [S], rates not [M], losses not scalars; DtypeError: keys are not typed.
+      ValueError: an option out of range, or rates that are not positive and ascending, unless traced.
 
     Cost: M S runs.
 
@@ -143,9 +145,17 @@ def lr_sensitivity_sweep(
     name = "lr_sensitivity_sweep"
     _check_range(name, low, high)
     checks.value(name, "points", isinstance(points, int) and points >= 2, "be an int of at least 2", points)
-    checks.shape(name, remedy="Pass jax.random.split(key, S).", keys=(keys, "S"))
+    remedy = "Pass jax.random.split(jax.random.key(seed), S)."
+    got = getattr(keys, "dtype", type(keys))
+    typed = jnp.issubdtype(got, jax.dtypes.prng_key)
+    checks.value(name, "keys", typed, "be typed random keys", got, remedy, checks.DtypeError)
+    checks.shape(name, remedy=remedy, keys=(keys, "S"))
     rates = jnp.asarray(np.geomspace(low, high, points) if learning_rates is None else learning_rates, float)
     checks.shape(name, learning_rates=(rates, "M"))
+    if not checks.traced(rates):
+        # From 0 on, so that the first is positive. Not by jnp, which inside jax.jit traces constants too.
+        ascending = bool((np.diff(np.asarray(rates), prepend=0) > 0).all())
+        checks.value(name, "learning_rates", ascending, "be positive and ascending", rates)
     if batch_size is not None:
         ok = isinstance(batch_size, int) and batch_size >= 1
         checks.value(name, "batch_size", ok, "be an int of at least 1", batch_size)

@@ -81,9 +81,8 @@ def obs_prune(
     if not checks.traced(count):
         whole = jnp.ndim(count) == 0 and float(count).is_integer()
         checks.value("obs_prune", "count", whole, "be an integer", count)
-        checks.value("obs_prune", "count", 0 <= int(count) <= size, f"be in 0 to {size}", count)
-    if isinstance(damping, int | float):
-        checks.value("obs_prune", "damping", damping > 0, "be greater than 0", damping)
+        checks.value("obs_prune", "count", 0 <= float(count) <= size, f"be in 0 to {size}", count)
+    checks.number("obs_prune", "damping", lambda damping: damping > 0, "be greater than 0", damping)
     whole = block is None or (isinstance(block, int) and block >= 1)
     checks.value("obs_prune", "block", whole, "be a Python int of at least 1, or None", block)
     wide = accumulator(jnp.result_type(weights, gradients))

@@ -177,7 +177,8 @@ def opposing_signals_score(
       An `OpposingScore`. Opposing signals have a cosine near -1, ratios of many, and a share far above 2 k / n.
 
     Raises:
-      ValueError: batch_size below 1, `data` is empty; ShapeError: its leaves have different numbers of examples.
+      ValueError: batch_size below 1, `data` is empty, groups of other data, as far as indices that are not traced tell;
+      ShapeError: leaves of `data` have different numbers of examples.
 
     Cost: one gradient of each example, of which the norm is kept, and 2 k that are kept.
 
@@ -208,6 +209,7 @@ def opposing_signals_score(
         name, "data", alike, "have an axis of examples, as long in every leaf", shapes, error=checks.ShapeError
     )
     size = shapes[0][0]
+    _check_groups(name, groups, size)
     norms = jax.lax.map(lambda example: trees.safe_norm(gradient(example)), data, batch_size=batch_size or size)
 
     def mean_of(index: jax.Array) -> PyTree:
@@ -241,7 +243,8 @@ def opposing_signals_feature(features: jax.Array, groups: OpposingGroups) -> tup
       sign. Opposing signals have a share near 1.
 
     Raises:
-      ShapeError: features are not [n, d]; DtypeError: not floating-point.
+      ShapeError: features are not [n, d]; DtypeError: not floating-point; ValueError: groups of other data, as far as
+      indices that are not traced tell.
 
     Cost: a singular value decomposition of [2 k, d].
 
@@ -257,8 +260,9 @@ def opposing_signals_feature(features: jax.Array, groups: OpposingGroups) -> tup
       1.000 [0.0, 1.0]
     """
     name = "opposing_signals_feature"
-    checks.shape(name, features=(features, "n d"))
+    size = checks.shape(name, features=(features, "n d"))["n"]
     checks.dtype(name, "floating", features=features)
+    _check_groups(name, groups, size)
     rows = jnp.asarray(features)[jnp.concatenate([groups.up, groups.down])]
     _, sizes, directions = jnp.linalg.svd(rows.astype(accumulator(rows.dtype)), full_matrices=False)
     return sizes[0] ** 2 / jnp.sum(sizes**2), directions[0]
@@ -267,6 +271,18 @@ def opposing_signals_feature(features: jax.Array, groups: OpposingGroups) -> tup
 def _check_k(function: str, k: int, size: int) -> None:
     ok = isinstance(k, int) and k >= 1 and 2 * k <= size
     checks.value(function, "k", ok, f"be an int from 1 to half of the {size} examples", k)
+
+
+def _check_groups(function: str, groups: OpposingGroups, size: int) -> None:
+    """Indices of other data would be clamped without a word."""
+    for field in ("up", "down"):
+        index = getattr(groups, field)
+        fits = 2 * jnp.size(index) <= size
+        if not checks.traced(index):
+            given = np.asarray(index)
+            fits = fits and bool(((given >= 0) & (given < size)).all())
+        wanted = f"be at most half of the {size} examples, by indices from 0 to {size - 1}"
+        checks.value(function, f"groups.{field}", fits, wanted, index, "Pass groups of the losses of the same data.")
 
 
 def _extremes(change: np.ndarray, k: int) -> OpposingGroups:

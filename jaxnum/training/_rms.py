@@ -82,8 +82,7 @@ def grad_rms(gradients: PyTree, *, eps: float | jax.Array = 1e-8, least: float =
       >>> grad_rms({"a": jnp.full(3, 1e-3), "b": jnp.full(3, 2e-8)}).low
       {'a': Array(False, dtype=bool), 'b': Array(True, dtype=bool)}
     """
-    if isinstance(eps, int | float):
-        checks.value("grad_rms", "eps", eps > 0, "be greater than 0", eps)
+    checks.number("grad_rms", "eps", lambda eps: eps > 0, "be greater than 0", eps)
     values = _rms("grad_rms", "gradients", gradients)
     over_eps = jax.tree.map(lambda value: value / eps, values)
     return GradRms(values, over_eps, jax.tree.map(lambda ratio: ~(ratio >= least), over_eps))

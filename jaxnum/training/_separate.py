@@ -84,9 +84,8 @@ def separate(
     checks.arrays("separate", features=features, labels=labels)
     checks.shape("separate", features=(features, "N D"), labels=(labels, "N"))
     checks.dtype("separate", "floating", features=features)
-    for name, got, least in (("rate", rate, "greater than 0"), ("max_steps", max_steps, "at least 0")):
-        if isinstance(got, int | float):
-            checks.value("separate", name, got > 0 or (got == 0 and name == "max_steps"), f"be {least}", got)
+    checks.number("separate", "rate", lambda rate: rate > 0, "be greater than 0", rate)
+    checks.number("separate", "max_steps", lambda steps: steps >= 0, "be at least 0", max_steps)
     return _run(mode, jnp.asarray(features), jnp.asarray(labels), rate, max_steps)
 
 

@@ -200,7 +200,7 @@ def sgd_stability_monitor(
       An `optax.GradientTransformationExtraArgs` with a `SgdStabilityState`.
 
     Raises:
-      ValueError: an option out of range; at update, `params` or `obj_fn` is missing.
+      ValueError: an option out of range; at init, no parameters; at update, `params` or `obj_fn` is missing.
       DtypeError: parameters not real floating-point, a key that is not typed.
       TreeError, ShapeError: updates that do not match params.
 
@@ -229,6 +229,7 @@ def sgd_stability_monitor(
 
     def init(params: PyTree) -> SgdStabilityState:
         arguments.parameters(name, params)
+        checks.value(name, "params", trees.size(params) > 0, "have at least one entry", trees.size(params))
         # One array each: a donated state must not hold the same one twice.
         nans = [jnp.full([], jnp.nan, _dtype(params)) for _ in range(8)]
         report = SgdStability(*nans, status=jnp.int32(Status.max_steps))
@@ -279,8 +280,7 @@ def _dtype(like: PyTree) -> Any:
 
 
 def _report(rate: Any, batch_size: Any, figures: tuple, status: jax.Array, dtype: Any) -> SgdStability:
-    if isinstance(batch_size, int | float):
-        checks.value("sgd_stability", "batch_size", batch_size >= 1, "be at least 1", batch_size)
+    checks.number("sgd_stability", "batch_size", lambda size: size >= 1, "be at least 1", batch_size)
     largest, trace, trace_error, norm, norm_error = figures
     rates = (rate * largest, rate * trace, rate * norm / jnp.sqrt(batch_size))
     values = [jnp.asarray(x, dtype) for x in (largest, trace, trace_error, norm, norm_error, *rates)]

@@ -49,7 +49,7 @@ def slq_learning_rate(
       A `HeavyBall`; NaN where no node is positive.
 
     Raises:
-      ValueError: a Python number out of range.
+      ValueError: a single number out of range, unless traced.
 
     Cost: nothing beside the quadrature. Every epoch is often enough: the spectrum changes slowly.
 
@@ -75,11 +75,9 @@ def slq_learning_rate(
       >>> print(f"{ball.learning_rate:.3f} {ball.momentum:.3f}")
       0.160 0.360
     """
-    if isinstance(safety, int | float):
-        checks.value("slq_learning_rate", "safety", safety >= 1, "be at least 1", safety)
+    checks.number("slq_learning_rate", "safety", lambda safety: safety >= 1, "be at least 1", safety)
     for name, given in (("floor", floor), ("min_weight", min_weight)):
-        if isinstance(given, int | float):
-            checks.value("slq_learning_rate", name, 0 <= given < 1, "be in [0, 1)", given)
+        checks.number("slq_learning_rate", name, lambda share: 0 <= share < 1, "be in [0, 1)", given)
     nodes, weights = density.nodes, density.weights
     if floor is None:
         floor = 8 * float(jnp.finfo(nodes.dtype).eps) * jnp.sqrt(density.size)

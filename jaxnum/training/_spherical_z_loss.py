@@ -41,8 +41,9 @@ def spherical_z_loss(
     Cost: two passes over the logits.
 
     Numerics: μ, σ and z in at least float32, σ from centred logits. Logits that are equal, up to four roundings of
-    their mean, have no z: it counts as 0 with gradient 0, so that weights must not all start from 0. Non-finite logits
-    give NaN.
+    their mean, have no z: it counts as 0 with gradient 0, so that weights must not all start from 0. Centred logits are
+    divided by the largest before they are squared, so that all that is finite up to 1 / D of the largest number has its
+    z. Non-finite logits give NaN.
 
     Source: A. de Brébisson, P. Vincent, "The Z-loss: a shift and scale invariant classification loss belonging to the
     Spherical Family", 2016, arXiv 1604.08859, equation 6.
@@ -62,10 +63,14 @@ def spherical_z_loss(
     )
     logits = logits.astype(accumulator(logits.dtype))
     mean = jnp.mean(logits, axis=-1)
-    variance = jnp.mean(jnp.square(logits - mean[..., None]), axis=-1)
+    centred = logits - mean[..., None]
+    # A constant to derivatives, since z does not change with it. Squares of larger or smaller logits leave the range.
+    unit = jax.lax.stop_gradient(jnp.max(jnp.abs(centred), axis=-1))
+    unit = jnp.where(unit == 0, 1, unit)
+    centred = centred / unit[..., None]
     outside = labels_outside(jnp.asarray(labels), sizes["D"])
-    chosen = jnp.take_along_axis(logits, outside[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
-    return _loss("spherical_z_loss", chosen, mean, variance, a, b)
+    above = jnp.take_along_axis(centred, outside[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
+    return _loss("spherical_z_loss", above, jnp.mean(jnp.square(centred), axis=-1), mean / unit, a, b)
 
 
 def spherical_z_loss_from_statistics(
@@ -98,7 +103,8 @@ def spherical_z_loss_from_statistics(
 
     Cost: a few operations an example.
 
-    Numerics: as `spherical_z_loss`; a variance that rounding has made negative counts as 0.
+    Numerics: as `spherical_z_loss`; a variance that rounding has made negative counts as 0. So does one that has
+    underflowed; one that has overflowed gives NaN. `spherical_z_loss` has the whole range.
 
     Source: as `spherical_z_loss`.
 
@@ -113,7 +119,8 @@ def spherical_z_loss_from_statistics(
     checks.dtype(function, "floating", chosen=chosen, mean=mean, variance=variance)
     checks.shape(function, chosen=(chosen, "*B"), mean=(mean, "*B"), variance=(variance, "*B"))
     wide = accumulator(chosen.dtype)
-    return _loss(function, chosen.astype(wide), mean.astype(wide), variance.astype(wide), a, b)
+    mean = mean.astype(wide)
+    return _loss(function, chosen.astype(wide) - mean, variance.astype(wide), mean, a, b)
 
 
 def labels_outside(labels: jax.Array, classes: int) -> jax.Array:
@@ -125,15 +132,16 @@ def labels_outside(labels: jax.Array, classes: int) -> jax.Array:
 
 def _loss(
     function: str,
-    chosen: jax.Array,
-    mean: jax.Array,
+    above: jax.Array,
     variance: jax.Array,
+    mean: jax.Array,
     a: float | jax.Array,
     b: float | jax.Array,
 ) -> jax.Array:
-    if isinstance(a, int | float):
-        checks.value(function, "a", a > 0, "be greater than 0", a)
-    # A comparison with NaN is false: what is not finite goes the ordinary way, and shows.
-    flat = variance <= jnp.square(4 * jnp.finfo(variance.dtype).eps * mean)
-    z = jnp.where(flat, 0.0, (chosen - mean) / jnp.sqrt(jnp.where(flat, 1.0, variance)))
+    checks.number(function, "a", lambda a: a > 0, "be greater than 0", a)
+    # A comparison with NaN is false: what is not finite goes the ordinary way, and shows. So does a label outside.
+    flat = jnp.sqrt(jnp.maximum(variance, 0)) <= 4 * jnp.finfo(variance.dtype).eps * jnp.abs(mean)
+    flat &= ~jnp.isnan(above)
+    known = jnp.where(jnp.isinf(variance), jnp.nan, jnp.where(flat, 1.0, variance))
+    z = jnp.where(flat, 0.0, above / jnp.sqrt(known))
     return jax.nn.softplus(a * (b - z)) / a

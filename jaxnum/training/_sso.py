@@ -71,7 +71,7 @@ def sso(
       not be differentiable, and may be a `jax.pure_callback`.
 
     Raises:
-      TypeError: `inner` is not an optax transformation.
+      TypeError: `inner` is not an optax transformation; at step, `target_grad_fn` returns no pair.
       ValueError: a number out of range.
       TreeError, ShapeError, DtypeError: at step, parameters or outputs that are not floating-point; a d that does not
         match z.
@@ -107,10 +107,9 @@ def sso(
     whole = hasattr(num_inner, "__index__") and not isinstance(num_inner, bool) and not checks.traced(num_inner)
     ok = whole and operator.index(num_inner) >= 1
     checks.value("sso", "num_inner", ok, "be an integer of at least 1", num_inner)
-    if isinstance(eta, int | float):
-        checks.value("sso", "eta", eta > 0, "be greater than 0", eta)
-    if isinstance(tolerance, int | float):
-        checks.value("sso", "tolerance", tolerance >= 0, "be at least 0", tolerance)
+    if not callable(eta):
+        checks.number("sso", "eta", lambda eta: eta > 0, "be greater than 0", eta)
+    checks.number("sso", "tolerance", lambda tolerance: tolerance >= 0, "be at least 0", tolerance)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> SsoState:
@@ -126,8 +125,11 @@ def sso(
         _floating("params", params)
         z, pull = jax.vjp(model_fn, params)
         _floating("model_fn(...)", z)
-        loss, dz = target_grad_fn(z)
+        returned = target_grad_fn(z)
         remedy = "Return (loss, gradient of the loss with respect to the outputs)."
+        pair = isinstance(returned, (tuple, list)) and len(returned) == 2
+        checks.value("sso", "target_grad_fn(...)", pair, "be a pair", type(returned).__name__, remedy, TypeError)
+        loss, dz = returned
         checks.same_tree("sso", ("model_fn(...)", z), dtypes=True, remedy=remedy, **{"target_grad_fn(...)[1]": dz})
         rate = eta(state.count) if callable(eta) else eta
 
@@ -180,8 +182,7 @@ def sso_surrogate(outputs: PyTree, z: PyTree, dz: PyTree, eta: float | jax.Array
       >>> float(sso_surrogate(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0]), jnp.array([5.0, -2.0]), 1.0))
       -2.0
     """
-    if isinstance(eta, int | float):
-        checks.value("sso_surrogate", "eta", eta > 0, "be greater than 0", eta)
+    checks.number("sso_surrogate", "eta", lambda eta: eta > 0, "be greater than 0", eta)
     remedy = "Pass outputs of one model on one batch."
     checks.same_tree("sso_surrogate", ("outputs", outputs), dtypes=True, remedy=remedy, z=z, dz=dz)
     return _surrogate(outputs, *jax.lax.stop_gradient((z, dz)), eta)

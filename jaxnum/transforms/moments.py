@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxnum.core import trees
@@ -23,8 +22,8 @@ def check_numbers(function: str, wanted: str, inside: Callable[[float], bool], n
       ValueError: naming the first that is not `inside`.
     """
     for name, got in numbers.items():
-        if got is not None and not callable(got) and not checks.traced(got) and jnp.size(got) == 1:
-            checks.value(function, name, bool(inside(np.asarray(got).item())), wanted, got)
+        if not callable(got):
+            checks.number(function, name, inside, wanted, got)
 
 
 def average(decay: Any, old: jax.Array, new: jax.Array) -> jax.Array:

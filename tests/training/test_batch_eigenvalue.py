@@ -44,10 +44,15 @@ def test_nan_shows_and_bad_arguments_are_named():
     for arguments, words in (
         ((1.0, -1.0, 1), "`noise` must be at least 0; got -1.0"),
         ((1.0, 1.0, 0), "`batch_size` must be at least 1; got 0"),
+        ((1.0, 1.0, np.int64(0)), "`batch_size` must be at least 1; got 0"),
         ((1.0, float("nan"), 1), "`noise` must be at least 0; got nan"),
     ):
         with pytest.raises(ValueError, match="^batch_eigenvalue: " + words):
             batch_eigenvalue(*arguments)
+    # Constants that are arrays can be read inside jax.jit too.
+    eight, sixteen = jnp.float32(8), jnp.float32(16)
+    inside = jax.jit(lambda value: batch_eigenvalue(value, 1.0, eight, num_examples=sixteen).value)(2.0)
+    assert inside == batch_eigenvalue(2.0, 1.0, 8, num_examples=16).value
     with pytest.raises(ValueError, match="`num_examples` must be at least `batch_size`; got 4"):
         batch_eigenvalue(1.0, 1.0, 8, num_examples=4)
 

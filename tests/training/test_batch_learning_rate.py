@@ -43,8 +43,9 @@ def test_bad_arguments_are_named():
         rescale_batch_learning_rate(0.1, 1, 2, optimizer="lion")
     with pytest.raises(ValueError, match=name + "`noise` must be given with `eigenvalue` or not at all; got None"):
         rescale_batch_learning_rate(0.1, 1, 2, eigenvalue=1.0)
-    with pytest.raises(ValueError, match=name + "`new_size` must be at least 1; got 0"):
-        rescale_batch_learning_rate(0.1, 1, 0)
+    for size in (0, np.int64(0)):
+        with pytest.raises(ValueError, match=name + "`new_size` must be at least 1; got 0"):
+            rescale_batch_learning_rate(0.1, 1, size)
     with pytest.raises(ValueError, match="^batch_learning_rate: `batch_size` must be at least 1; got 0.5"):
         batch_learning_rate(1.0, 1.0, 0.5)
 

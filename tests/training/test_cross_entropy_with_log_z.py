@@ -115,8 +115,9 @@ def test_what_is_wrong_shows():
         cross_entropy_with_log_z(logits, jnp.ones(3))
     with pytest.raises(ValueError, match="^cross_entropy_with_log_z: `axis` must be"):
         cross_entropy_with_log_z(logits, labels, axis=2)
-    with pytest.raises(ValueError, match="^cross_entropy_with_log_z: `coefficient` must be at least 0"):
-        cross_entropy_with_log_z(logits, labels, coefficient=-1.0)
+    for coefficient in (-1.0, np.int64(-1)):
+        with pytest.raises(ValueError, match="^cross_entropy_with_log_z: `coefficient` must be at least 0"):
+            cross_entropy_with_log_z(logits, labels, coefficient=coefficient)
 
 
 def test_no_classes_are_named():

@@ -119,6 +119,51 @@ def test_a_thousand_steps_in_float32_stay_within_1e_4():
         assert worst((state.scatter, state.mean), (fresh.scatter, fresh.mean)) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("classes", "width", "m", "rate", "decay", "offset", "steps"),
+    [(100, 16, 32, 5.0, 0.0, 1.0, 2000), (10, 16, 32, 1.0, 1e-3, 0.0, 1500), (20, 5, 7, 1.0, 0.01, 0.0, 1000)],
+)
+def test_labels_at_random_in_float32(classes, width, m, rate, decay, offset, steps):
+    """Where z < 0 errors grow with U: without a fresh start these end at 1e-2, 1e2 and 0.3 of the weights."""
+    rng = np.random.default_rng(0)
+    given = rng.normal(size=(classes, width)), rng.normal(size=(steps, m, width)) + offset
+    labels = jnp.asarray(rng.integers(classes, size=(steps, m)))
+    step = partial(factored_output_step, learning_rate=rate, weight_decay=decay)
+
+    def one(state, inputs):
+        count, h, c = inputs
+        state = step(state, h, c)[0]
+        return jax.lax.cond(count % 100 == 99, factored_output_stabilise, lambda s: s, state), None
+
+    def plain(w, inputs):
+        h, c = inputs
+        gradient = jax.grad(lambda w: spherical_z_loss(h @ w.T, c).mean())(w)
+        return (1 - rate * decay) * w - rate * gradient, None
+
+    weights, hidden = (jnp.asarray(x, "float32") for x in given)
+    state = jax.jit(lambda w, *xs: jax.lax.scan(one, factored_output(w), xs)[0])(
+        weights, jnp.arange(steps), hidden, labels
+    )
+    with jax.enable_x64(True):
+        want = jax.jit(lambda w, *xs: jax.lax.scan(plain, w, xs)[0])(widened(weights), widened(hidden), labels)
+    assert worst(factored_output_weights(state), want) < 1e-4
+
+
+def test_a_scatter_matrix_that_is_not_the_weights_is_seen(float_dtype, key):
+    weights = jax.random.normal(key, (D, WIDTH)).astype(float_dtype)
+    state = factored_output(weights)
+    kept = jax.jit(factored_output_stabilise)(state)
+    np.testing.assert_array_equal(kept.v, state.v)
+    np.testing.assert_array_equal(kept.scatter, state.scatter)
+    # The scale of rounding: 200 of them are too many.
+    off = state._replace(scatter=state.scatter * (1 + 200 * jnp.finfo(float_dtype).eps), omega=state.omega + 1)
+    fresh = jax.jit(factored_output_stabilise)(off)
+    np.testing.assert_allclose(fresh.v, weights + 1, rtol=tolerance(float_dtype, 4), atol=jnp.finfo(float_dtype).eps)
+    assert not fresh.omega.any()
+    # A state that is NaN stays so.
+    assert np.isnan(factored_output_stabilise(state._replace(u=state.u * jnp.nan)).u_inverse).all()
+
+
 def test_stabilising_changes_factors_and_no_weight(x64, key):
     # Weight decay alone shrinks U; a long rate on one direction stretches it.
     hidden = jnp.zeros((2000, 1, WIDTH)).at[:, 0, 0].set(1.0)
@@ -190,6 +235,21 @@ STATE, H, C = factored_output(jnp.eye(5, 3)), jnp.ones((2, 3)), jnp.array([0, 1]
             lambda: factored_output_step(STATE, H, C, -0.1),
             ValueError,
             "factored_output_step: `learning_rate` must be at least 0; got -0.1",
+        ),
+        (
+            lambda: factored_output_step(STATE, H, C, 0.5, weight_decay=2),
+            ValueError,
+            "factored_output_step: `weight_decay` must be less than 1 / learning_rate, learning_rate = 0.5; got 2",
+        ),
+        (
+            lambda: factored_output_step(STATE, H, C, 0.5, weight_decay=np.float32(-1)),
+            ValueError,
+            "factored_output_step: `weight_decay` must be at least 0; got -1.0",
+        ),
+        (
+            lambda: factored_output_step(STATE, H, jnp.stack([C, C], 1), 0.5),
+            ValueError,
+            "factored_output_step: `loss` must be one of several labels an example; got the Z-loss. Pass loss=",
         ),
         (
             lambda: factored_output_step(STATE, H, C, 0.1, loss=lambda c, m, v: c.sum()),

@@ -132,6 +132,17 @@ def test_bad_input_is_named(key):
         gbnn(X, y, key, 2, loss="binary")
     with pytest.raises(ShapeError, match="^gbnn: `y` must have shape"):
         gbnn(X, jnp.sign(y), key, 2, loss="softmax")
+    # Labels come as integers: first what they must become.
+    whole = jnp.arange(20) % 3
+    with pytest.raises(ShapeError, match="^gbnn: `y` must have shape .* Labels become rows by jax.nn.one_hot"):
+        gbnn(X, whole, key, 2, loss="softmax")
+    with pytest.raises(ValueError, match="^gbnn: `y` must be of -1 and 1; got others. From 0 and 1"):
+        gbnn(X, whole % 2, key, 2, loss="binary")
+    with pytest.raises(DtypeError, match=r"^gbnn: `y` must have a floating.* Pass y.astype\(X.dtype\)"):
+        gbnn(X, 2 * (whole % 2) - 1, key, 2, loss="binary")
+    for rows in (3 * jax.nn.one_hot(whole, 3), 2 * jax.nn.one_hot(whole, 3) - 1 / 3):
+        with pytest.raises(ValueError, match="^gbnn: `y` must have rows of probabilities, which sum to 1; got others"):
+            gbnn(X, rows, key, 2, loss="softmax")
     with pytest.raises(ValueError, match="^gbnn: `units` must be a multiple of `units_per_step` = 3; got 4"):
         gbnn(X, y, key, 4, units_per_step=3)
     with pytest.raises(DtypeError, match="^gbnn: `X` must have a floating-point dtype"):

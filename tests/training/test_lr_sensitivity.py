@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxnum.training import lr_sensitivity, lr_sensitivity_sweep
-from kernels_pallas.checks import ShapeError
+from kernels_pallas.checks import DtypeError, ShapeError
 from tests.tolerances import tolerance
 
 GRID = np.geomspace(3e-4, 3e-1, 8)
@@ -69,6 +69,11 @@ def test_pieces_of_a_sweep_and_given_rates(key):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=limit), whole, pieces)
 
 
+def test_inside_jit_with_constant_rates():
+    rates, final = jnp.asarray([1e-3, 1e-2]), jnp.asarray([1.0, 2.0])
+    assert float(jax.jit(lambda final: lr_sensitivity(rates, final, 4.0))(final)) == 0.5
+
+
 def test_bad_arguments_are_named(key):
     keys = jax.random.split(key, 2)
     with pytest.raises(ShapeError, match="^lr_sensitivity: `final_losses` must have shape"):
@@ -77,6 +82,13 @@ def test_bad_arguments_are_named(key):
         lr_sensitivity(GRID, np.ones((8, 2)), np.ones(3))
     with pytest.raises(ValueError, match="^lr_sensitivity: `high` must be greater than low"):
         lr_sensitivity(GRID, np.ones(8), 1.0, low=1.0)
+    with pytest.raises(ValueError, match="^lr_sensitivity: `learning_rates` must be positive; got"):
+        lr_sensitivity([0.1, -1.0, 0.2], np.ones(3), 1.0)
+    with pytest.raises(DtypeError, match="^lr_sensitivity_sweep: `keys` must be typed random keys; got uint32. Pass"):
+        lr_sensitivity_sweep(descent, jax.random.PRNGKey(0))
+    for rates in ([0.1, 0.01], [-0.1, 0.1]):
+        with pytest.raises(ValueError, match="^lr_sensitivity_sweep: `learning_rates` must be positive and ascending"):
+            lr_sensitivity_sweep(descent, keys, learning_rates=rates)
     with pytest.raises(ShapeError, match="^lr_sensitivity_sweep: `keys` must have shape"):
         lr_sensitivity_sweep(descent, key)
     with pytest.raises(ShapeError, match="^lr_sensitivity_sweep: `final_loss` must have shape"):

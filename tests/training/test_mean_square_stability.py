@@ -1,6 +1,7 @@
 """The second-moment operator: closed forms, all batches one by one, and chains of SGD."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 import jaxnum
 from jaxnum.training import mean_square_stability, mean_square_stability_rate
 from kernels_pallas.checks import DtypeError, ShapeError
+from tests.tolerances import tolerance
 
 LINE = jnp.array([[0.5], [1.0], [2.0], [0.1]])
 
@@ -79,10 +81,38 @@ def test_single_precision_agrees_for_a_larger_problem():
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("n", "width"), [(30, 20), (10, 10), (100, 44)])
+def test_anisotropic_data_whose_slow_directions_stand_nearly_still(n, width, float_dtype):
+    """Many eigenvalues just below 1, of small problems in one matrix and of the largest by Lanczos to its tolerance."""
+    x = np.random.default_rng(0).normal(size=(n, width)) * np.logspace(0, -2, width)
+    pairs = (x[:, :, None] * x[:, None]).reshape(n, -1)
+    H = x.T @ x / n
+    step = np.eye(width) - 0.5 * H
+    T = np.kron(step, step) + 0.5**2 / 2 * (pairs.T @ pairs / n - np.kron(H, H))
+    got = mean_square_stability(jnp.asarray(x, float_dtype), 0.5, 2)
+    rtol = tolerance(float_dtype, width) if width < 40 else 1e-5
+    np.testing.assert_allclose(got, np.linalg.eigvalsh(T)[-1], rtol=rtol)
+
+
+def test_what_was_not_found_is_no_number():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(100, 44)) * np.logspace(0, -2, 44), "float32")
+    few = partial(mean_square_stability, learning_rate=0.5, batch_size=2, max_steps=60)
+    assert np.isnan(jax.jit(few)(x))
+    with pytest.raises(jaxnum.SolverError, match="^mean_square_stability: max_steps after 60 steps"):
+        few(x)
+    radius = partial(mean_square_stability, learning_rate=0.1, batch_size=1)
+    for call in (radius, partial(mean_square_stability_rate, batch_size=1)):
+        for bad in (LINE * jnp.nan, LINE * 0):
+            assert np.isnan(jax.jit(call)(bad))
+            with pytest.raises(jaxnum.SolverError):
+                call(bad)
+
+
 def test_bad_input():
     name = "^mean_square_stability: "
-    with pytest.raises(ValueError, match=name + "`learning_rate` must be positive; got 0"):
-        mean_square_stability(LINE, 0, 1)
+    for rate in (0, np.int64(0)):
+        with pytest.raises(ValueError, match=name + "`learning_rate` must be positive; got 0"):
+            mean_square_stability(LINE, rate, 1)
     with pytest.raises(ValueError, match=name + "`batch_size` must be at least 1; got 0.5"):
         mean_square_stability(LINE, 0.1, 0.5)
     with pytest.raises(ValueError, match=name + "`batch_size` must be at most 4, the examples; got 8"):

@@ -75,10 +75,14 @@ def test_bad_input():
     w, G = (x.astype("float32") for x in problem())
     with pytest.raises(ValueError, match="obs_prune: `count` must be in 0 to 15; got 16"):
         obs_prune(w, G, 16)
+    # A constant that is an array can be read inside jax.jit too.
+    two = jnp.int32(2)
+    assert int(jax.jit(lambda w: obs_prune(w, G, two).kept.sum())(w)) == 13
     with pytest.raises(ValueError, match="obs_prune: `correction` must be one of 'joint', 'single', 'none'"):
         obs_prune(w, G, 1, correction="all")
-    with pytest.raises(ValueError, match="obs_prune: `damping` must be greater than 0; got 0"):
-        obs_prune(w, G, 1, 0)
+    for damping in (0, np.int64(0)):
+        with pytest.raises(ValueError, match="obs_prune: `damping` must be greater than 0; got 0"):
+            obs_prune(w, G, 1, damping)
     with pytest.raises(ValueError, match="obs_prune: `block` must be a Python int of at least 1"):
         obs_prune(w, G, 1, block=0)
     with pytest.raises(ShapeError, match="obs_prune: `gradients` must have shape"):

@@ -95,6 +95,14 @@ def test_bad_arguments_are_named():
         opposing_signals_feature(jnp.ones(4), groups)
     with pytest.raises(ValueError, match="^opposing_signals_score: `batch_size` must be"):
         opposing_signals_score(loss, (), jnp.ones(4), groups, batch_size=0)
+    other = opposing_signals_groups(jnp.zeros(9), jnp.arange(9.0), 1)
+    with pytest.raises(ValueError, match="^opposing_signals_score: `groups.up` must be at most half of the 4 examples"):
+        opposing_signals_score(lambda w, one: w * one, 0.1, jnp.ones(4), other)
+    with pytest.raises(ValueError, match="^opposing_signals_feature: `groups.up` must be at most half of the 4 examp"):
+        opposing_signals_feature(jnp.ones((4, 2)), other)
+    many = opposing_signals_groups(jnp.zeros(9), jnp.arange(9.0), 3)
+    with pytest.raises(ValueError, match="^opposing_signals_feature: `groups.up` must be at most half of the 4 examp"):
+        jax.jit(opposing_signals_feature)(jnp.ones((4, 2)), many)
 
 
 def test_scores_know_no_unit():

@@ -43,8 +43,9 @@ def test_the_flag_warns_where_adam_would_stall():
 def test_bad_arguments_are_named():
     with pytest.raises(DtypeError, match=r"^rms: `tree\['n'\]` must have"):
         rms({"n": jnp.arange(3)})
-    with pytest.raises(ValueError, match="^grad_rms: `eps` must be greater than 0"):
-        grad_rms(jnp.ones(2), eps=0.0)
+    for eps in (0.0, np.float32(0), jnp.zeros([])):
+        with pytest.raises(ValueError, match="^grad_rms: `eps` must be greater than 0"):
+            grad_rms(jnp.ones(2), eps=eps)
 
 
 def test_the_largest_numbers_do_not_vanish():

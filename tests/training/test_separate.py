@@ -80,7 +80,8 @@ def test_bad_input():
         separate(features, labels[1:])
     with pytest.raises(ValueError, match="separate: `mode` must be one of 'normalized', 'plain'"):
         separate(features, labels, mode="online")
-    with pytest.raises(ValueError, match="separate: `rate` must be greater than 0; got 0"):
-        separate(features, labels, 0)
+    for rate in (0, np.int64(0)):
+        with pytest.raises(ValueError, match="separate: `rate` must be greater than 0; got 0"):
+            separate(features, labels, rate)
     with pytest.raises(ValueError, match="separate: `max_steps` must be at least 0; got -1"):
         separate(features, labels, max_steps=-1)

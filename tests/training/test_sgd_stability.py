@@ -99,8 +99,9 @@ def test_bad_input(key):
     assert int(report.status) == int(sgd_stability_exact(nan, **PLAIN).status) == Status.nonfinite
     with pytest.raises(ValueError, match="^sgd_stability: `num_probes` must be a Python int >= 2; got 1"):
         sgd_stability(jnp.eye(3), jnp.zeros(3), key, num_probes=1, **PLAIN)
-    with pytest.raises(ValueError, match="^sgd_stability: `batch_size` must be at least 1; got 0"):
-        sgd_stability(jnp.eye(3), jnp.zeros(3), key, learning_rate=0.1, batch_size=0)
+    for size in (0, np.int64(0)):
+        with pytest.raises(ValueError, match="^sgd_stability: `batch_size` must be at least 1; got 0"):
+            sgd_stability(jnp.eye(3), jnp.zeros(3), key, learning_rate=0.1, batch_size=size)
     with pytest.raises(
         ShapeError, match="^sgd_stability_exact: `jacobian` must have a first axis of examples; got sha"
     ):
@@ -108,6 +109,8 @@ def test_bad_input(key):
     with pytest.raises(ValueError, match="^sgd_stability_monitor: `every` must be at least 1; got 0"):
         sgd_stability_monitor(0, key, 0.1, 1)
     watch, p = sgd_stability_monitor(1, key, 0.1, 1), jnp.zeros(3)
+    with pytest.raises(ValueError, match="^sgd_stability_monitor: `params` must have at least one entry; got 0"):
+        sgd_stability_monitor(1, key, 0.1, 1).init({})
     with pytest.raises(ValueError, match="^sgd_stability_monitor: `obj_fn` must be given"):
         watch.update(p, watch.init(p), p)
     with pytest.raises(ShapeError, match="^sgd_stability_monitor: `updates` must have shape"):

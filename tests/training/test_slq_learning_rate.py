@@ -63,8 +63,9 @@ def test_nothing_is_absorbed_and_bad_arguments_are_named():
     nan = jax.jit(slq_learning_rate)(rule._replace(nodes=rule.nodes.at[0].set(jnp.nan), weights=rule.weights * jnp.nan))
     assert np.isnan(nan.learning_rate)
     assert np.isnan(slq_learning_rate(rule._replace(nodes=-rule.nodes)).learning_rate)
-    with pytest.raises(ValueError, match="^slq_learning_rate: `safety` must be at least 1; got 0.9"):
-        slq_learning_rate(rule, safety=0.9)
+    for safety in (0.5, np.float32(0.5)):
+        with pytest.raises(ValueError, match="^slq_learning_rate: `safety` must be at least 1; got 0.5"):
+            slq_learning_rate(rule, safety=safety)
     with pytest.raises(ValueError, match=r"^slq_learning_rate: `floor` must be in \[0, 1\); got 1"):
         slq_learning_rate(rule, floor=1)
 

@@ -51,6 +51,27 @@ def test_equal_logits_have_no_gradient_and_what_is_not_finite_shows():
     assert jnp.isnan(spherical_z_loss(jnp.ones((2, 5)) * jnp.arange(5.0), jnp.array([-1, 5]))).all()
 
 
+def test_labels_outside_show_on_equal_logits_too():
+    for label in (-1, 4):
+        value, gradient = jax.value_and_grad(spherical_z_loss)(jnp.ones(4), jnp.array(label))
+        assert np.isnan(value)
+        assert np.isnan(gradient).all()
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e-25, 1e-20, 1e19, 1e25, 1e33])
+def test_logits_whose_squares_leave_the_range_have_their_loss_and_gradient(scale):
+    o, label = jnp.array([1.0, 2.0, 5.0, -3.0]), jnp.array(2)
+    value, gradient = jax.value_and_grad(spherical_z_loss)(o, label)
+    far, slope = jax.jit(jax.value_and_grad(spherical_z_loss))(o * scale, label)
+    np.testing.assert_allclose(far, value, rtol=tolerance("float32", 4))
+    np.testing.assert_allclose(slope * scale, gradient, rtol=tolerance("float32", 4, condition=10.0))
+
+
+def test_a_variance_that_has_overflowed_shows():
+    one = jnp.ones(1)
+    assert np.isnan(spherical_z_loss_from_statistics(one, one, one * jnp.inf)).all()
+
+
 def test_short_floats_are_widened():
     o = jnp.arange(8.0, dtype=jnp.bfloat16)
     got = spherical_z_loss(o, jnp.array(7))
@@ -73,6 +94,7 @@ O, C = jnp.ones((2, 3)), jnp.array([0, 1])
         ),
         (lambda: spherical_z_loss(O[:, :1], C), ShapeError, "`logits` must have at least 2 classes; got 1"),
         (lambda: spherical_z_loss(O, C, a=0.0), ValueError, "`a` must be greater than 0; got 0.0"),
+        (lambda: spherical_z_loss(O, C, a=np.float32(-1)), ValueError, "`a` must be greater than 0; got -1.0"),
         (lambda: spherical_z_loss([[1.0, 2.0]], C), TypeError, "`logits` must be an array; got list"),
     ],
 )

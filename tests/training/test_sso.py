@@ -182,7 +182,13 @@ def test_twenty_inner_steps_leave_half_the_loss_of_one(x64):
 
 def test_bad_arguments_are_named():
     good = {"inner": optax.sgd(0.1), "num_inner": 2, "eta": 1.0}
-    for wrong in ({"num_inner": 0}, {"num_inner": 1.5}, {"eta": 0.0}, {"tolerance": -1.0}):
+    for wrong in (
+        {"num_inner": 0},
+        {"num_inner": 1.5},
+        {"eta": 0.0},
+        {"eta": np.float32(0)},
+        {"tolerance": np.int64(-1)},
+    ):
         with pytest.raises(ValueError, match=f"^sso: `{next(iter(wrong))}` must be "):
             sso(**good | wrong)
     with pytest.raises(TypeError, match="^sso: `inner` must be an optax gradient transformation; .* Call its factory"):
@@ -191,6 +197,8 @@ def test_bad_arguments_are_named():
     x = jnp.ones(2)
     with pytest.raises(DtypeError, match=r"^sso: `params\['k'\]` must have a floating-point dtype"):
         init({"k": jnp.arange(3)})
+    with pytest.raises(TypeError, match=r"^sso: `target_grad_fn\(...\)` must be a pair; got .* Return \(loss, grad"):
+        step(x, init(x), lambda p: p, lambda z: jnp.sum(z))
     with pytest.raises(ShapeError, match=r"^sso: `target_grad_fn\(...\)\[1\]` must have shape \(2,\)"):
         step(x, init(x), lambda p: p, lambda z: (0.0, jnp.ones(1)))
     with pytest.raises(TreeError, match=r"^sso: `target_grad_fn"):
