@@ -92,14 +92,14 @@ def n_igt(
         eta, following = ((2 / (jnp.asarray(t, float) + 2)) ** eta_power for t in (state.count, state.count + 1))
         ahead = (1 - following) / following
         d = jax.tree.map(lambda d, g: ((1 - eta) * d + eta * g.astype(d.dtype)).astype(d.dtype), state.d, updates)
-        norm = norm_or_one(d)
+        inverse = 1 / norm_or_one(d)  # XLA repeats a product in two passes and stores a quotient between them
         shrunk = 0.0 if isinstance(weight_decay, int | float) and weight_decay == 0 else rate * weight_decay
-        x = jax.tree.map(lambda x, d: (x - shrunk * x - rate * (d / norm)).astype(x.dtype), state.x, d)
+        x = jax.tree.map(lambda x, d: (x - shrunk * x - rate * (inverse * d)).astype(x.dtype), state.x, d)
 
         def transported(new: jax.Array, old: jax.Array, d: jax.Array, p: jax.Array) -> jax.Array:
             # Not new - old, which has lost digits. Without decay the old iterate is not read: XLA would copy its
             # donated buffer before the new one is put there.
-            change = -rate * (d / norm)
+            change = -rate * (inverse * d)
             change = change if isinstance(shrunk, float) else change - shrunk * old
             return (new + ahead * change - p).astype(p.dtype)
 

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxnum.core import trees
-from jaxnum.transforms import _strict
+from jaxnum.transforms import _strict, moments
 from kernels_pallas import checks
 
 PyTree = Any
@@ -41,7 +40,7 @@ def record_norms(steps: int, *, order: int = 2) -> optax.GradientTransformationE
       TreeError, ShapeError, DtypeError: parameters that are not floating-point or complex; updates that do not match
         `params`, where `update` is given them.
 
-    Cost: a pass over the updates, two where order = 2. Memory: 4 bytes a step.
+    Cost: a pass over the updates. Memory: 4 bytes a step.
 
     Numerics: sums in float32, of squares that neither overflow nor vanish. A non-finite gradient leaves a non-finite
     norm, for which `refine_schedule` takes its neighbours'.
@@ -71,7 +70,7 @@ def record_norms(steps: int, *, order: int = 2) -> optax.GradientTransformationE
         if params is not None:
             _strict.matching("record_norms", updates, params)
         sizes = [jnp.abs(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(updates)]
-        norm = sum(map(jnp.sum, sizes), jnp.float32(0)) if order == 1 else trees.safe_norm([jnp.float32(0), *sizes])
+        norm = sum(map(jnp.sum, sizes), jnp.float32(0)) if order == 1 else moments.safe_norm([jnp.float32(0), *sizes])
         norms = state.norms.at[state.count].set(norm, mode="drop")
         return updates, NormsState(jnp.asarray(optax.safe_increment(state.count)), norms)
 

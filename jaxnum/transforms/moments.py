@@ -14,6 +14,8 @@ from jaxnum.core import trees
 from jaxnum.core.precision import accumulator
 from kernels_pallas import checks
 
+_SMALL = 1e-15
+
 
 def check_numbers(function: str, wanted: str, inside: Callable[[float], bool], numbers: Mapping[str, Any]) -> None:
     """Check hyperparameters that are single numbers and not traced; functions are schedules.
@@ -51,9 +53,20 @@ def after(count: jax.Array, value: jax.Array, read: jax.Array) -> jax.Array:
 
 
 def norm_or_one(tree: Any) -> jax.Array:
-    """Euclidean norm of a whole tree as a divisor: 1 where it is 0, and NaN, not what makes all else 0, where inf."""
-    norm = trees.safe_norm(tree)
-    return jnp.where(norm == 0, 1.0, jnp.where(jnp.isinf(norm), jnp.nan, norm))
+    """Euclidean norm of a whole tree as a divisor: 1 where it is 0, and NaN, not what makes all else 0, where it is so
+    large that its inverse vanishes (in float32 from 2e37 on).
+    """
+    norm = safe_norm(tree)
+    return jnp.where(norm == 0, 1.0, jnp.where(norm > jnp.finfo(norm.dtype).max / 16, jnp.nan, norm))
+
+
+@jax.jit  # or an eager step compiles the branches anew
+def safe_norm(tree: Any) -> jax.Array:
+    """`trees.safe_norm`, whose two passes are paid only where one may not do: norms are taken at every step."""
+    norm = trees.norm(tree)
+    # Squares below the range are of entries too small to count, as those above have made the norm inf.
+    good = (norm > _SMALL) & (norm < 1 / _SMALL)
+    return jax.lax.cond(good, lambda: norm, lambda: trees.safe_norm(tree))
 
 
 def clip_by_norm(limit: Any) -> optax.GradientTransformation:
@@ -65,10 +78,12 @@ def clip_by_norm(limit: Any) -> optax.GradientTransformation:
     def clip(updates: Any, params: Any) -> Any:
         del params
         norm = norm_or_one(updates)
+        # A product, which XLA repeats wherever it is read; it would store a quotient.
+        scale = jnp.where(norm < limit, 1, limit / norm)
 
         def leaf(u: jax.Array) -> jax.Array:
             # The norm may be beyond the range of a smaller dtype.
-            return jnp.where(norm < limit, u, u.astype(accumulator(u.dtype)) / norm * limit).astype(u.dtype)
+            return (u.astype(accumulator(u.dtype)) * scale).astype(u.dtype)
 
         return jax.tree.map(leaf, updates)
 
