@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -83,7 +82,5 @@ def adamw_independent(
         optax.scale_by_learning_rate(lambda count: peak * share(count)),
         # After the rate, where updates point downhill already.
         optax.add_decayed_weights(lambda count: -weight_decay * share(count), weight_decay_mask),
-        # A schedule makes bfloat16 updates float32.
-        optax.stateless(lambda updates, params: jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)),
     )
-    return _strict.strict(chain, name=name)
+    return _strict.strict(_strict.in_dtypes_of_params(chain), name=name)

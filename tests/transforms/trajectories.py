@@ -1,5 +1,7 @@
 """A transformation followed along given gradients."""
 
+import re
+
 import jax
 import optax
 
@@ -13,3 +15,18 @@ def follow(optimiser, gradients, x):
         return (optax.apply_updates(x, updates), state), updates
 
     return jax.jit(lambda x, g: jax.lax.scan(step, (x, optimiser.init(x)), g))(x, gradients)
+
+
+def donated(optimiser, x):
+    """A compiled step from x whose parameters and state are donated."""
+
+    def step(x, state, g):
+        updates, state = optimiser.update(g, state, x)
+        return optax.apply_updates(x, updates), state
+
+    return jax.jit(step, donate_argnums=(0, 1)).lower(x, optimiser.init(x), x).compile()
+
+
+def copied(program, shape):
+    """How many float32 buffers of a shape, such as "64,64", a program copies."""
+    return len(re.findall(rf"f32\[{shape}\]\S* copy\(", program.as_text()))
