@@ -76,8 +76,7 @@ def refine_schedule(
     checks.value("refine_schedule", "total_steps", whole, "be an integer", total_steps)
     total = values.size if total_steps is None else operator.index(total_steps)
     checks.value("refine_schedule", "total_steps", total >= 2, "be at least 2", total_steps)
-    if not checks.traced(peak):
-        checks.value("refine_schedule", "peak", float(peak) > 0, "be greater than 0", peak)
+    checks.number("refine_schedule", "peak", lambda x: x > 0, "be greater than 0", peak)
     table = np.interp(np.linspace(0, values.size - 1, total), np.arange(values.size), values)
     # Fewer steps than norms may pass over the largest value.
     table = (table / table.max()).astype(np.float32)

@@ -213,10 +213,8 @@ def _schedule(
     checks.value(function, "end_ratio", not checks.traced(end_ratio), "be concrete", "a tracer", remedy)
     inside = 0 <= end_ratio <= 1 and (end_ratio > 0 or "greater" not in least)
     checks.value(function, "end_ratio", inside, f"be {least} for decay={decay!r}", end_ratio)
-    if not checks.traced(peak):
-        checks.value(function, "peak", float(peak) > 0, "be greater than 0", peak)
-    if not checks.traced(init_value):
-        checks.value(function, "init_value", float(init_value) >= 0, "be at least 0", init_value)
+    checks.number(function, "peak", lambda x: x > 0, "be greater than 0", peak)
+    checks.number(function, "init_value", lambda x: x >= 0, "be at least 0", init_value)
     shape = _SHAPES[decay]
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:

@@ -277,12 +277,13 @@ def _check_groups(function: str, groups: OpposingGroups, size: int) -> None:
     """Indices of other data would be clamped without a word."""
     for field in ("up", "down"):
         index = getattr(groups, field)
-        fits = 2 * jnp.size(index) <= size
+        fits, got = 2 * jnp.size(index) <= size, f"{jnp.size(index)} indices"
         if not checks.traced(index):
             given = np.asarray(index)
             fits = fits and bool(((given >= 0) & (given < size)).all())
+            got += f" from {given.min()} to {given.max()}" if given.size else ""
         wanted = f"be at most half of the {size} examples, by indices from 0 to {size - 1}"
-        checks.value(function, f"groups.{field}", fits, wanted, index, "Pass groups of the losses of the same data.")
+        checks.value(function, f"groups.{field}", fits, wanted, got, "Pass groups of the losses of the same data.")
 
 
 def _extremes(change: np.ndarray, k: int) -> OpposingGroups:

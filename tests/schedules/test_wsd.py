@@ -156,3 +156,8 @@ def test_variance_of_the_stable_phase():
 def test_bad_arguments_are_named(call, sentence):
     with pytest.raises(ValueError, match=f"^{sentence}"):
         call()
+
+
+def test_several_peaks_at_once():
+    both = wsd(jnp.array([1.0, 2.0]), 14, 2, 9)
+    np.testing.assert_allclose([both(step) for step in (1, 5, 14)], [[0.5, 1.0], [1.0, 2.0], [0.1, 0.2]], rtol=1e-6)
